@@ -1,0 +1,1 @@
+"""The shared, business-free kit that every service stands on."""
