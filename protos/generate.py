@@ -9,6 +9,7 @@ and is given to protoc as a descriptor set.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def run_protoc(known_types: Path, *arguments: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     files = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     services = [name for name in files if name.endswith("_service.proto")]
     with tempfile.TemporaryDirectory() as folder:

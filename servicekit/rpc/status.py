@@ -1,0 +1,79 @@
+"""The one table from reasons to gRPC codes, and the google.rpc.Status of an error."""
+
+from __future__ import annotations
+
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc import StatusCode
+
+from servicekit.core.errors import DomainError
+
+DOMAIN = "creditmesh"
+
+CODE_OF_REASON: dict[str, StatusCode] = {
+    "INVALID_FIELD": StatusCode.INVALID_ARGUMENT,
+    "IDEMPOTENCY_CONFLICT": StatusCode.ALREADY_EXISTS,
+    "REQUEST_IN_FLIGHT": StatusCode.ABORTED,
+    "REQUEST_FINISHED": StatusCode.ALREADY_EXISTS,
+    "INSUFFICIENT_CREDIT": StatusCode.RESOURCE_EXHAUSTED,
+    "RATE_LIMITED": StatusCode.RESOURCE_EXHAUSTED,
+    "MODEL_NOT_FOUND": StatusCode.NOT_FOUND,
+    "MODEL_NOT_READY": StatusCode.FAILED_PRECONDITION,
+    "CALL_NOT_FOUND": StatusCode.NOT_FOUND,
+    "CALL_NOT_RUNNING": StatusCode.FAILED_PRECONDITION,
+    "HOLD_NOT_FOUND": StatusCode.NOT_FOUND,
+    "HOLD_NOT_OPEN": StatusCode.FAILED_PRECONDITION,
+    "TRANSACTION_NOT_FOUND": StatusCode.NOT_FOUND,
+    "PRICE_RULE_NOT_FOUND": StatusCode.NOT_FOUND,
+    "NO_PRICE": StatusCode.FAILED_PRECONDITION,
+    "AMOUNT_OUT_OF_RANGE": StatusCode.FAILED_PRECONDITION,
+    "UPSTREAM_REJECTED": StatusCode.FAILED_PRECONDITION,
+    "CONTEXT_TOO_LONG": StatusCode.INVALID_ARGUMENT,
+    "UPSTREAM_UNAVAILABLE": StatusCode.UNAVAILABLE,
+    "DEPENDENCY_UNAVAILABLE": StatusCode.UNAVAILABLE,
+    "OVERLOADED": StatusCode.UNAVAILABLE,
+    "UNAUTHENTICATED": StatusCode.UNAUTHENTICATED,
+    "PERMISSION_DENIED": StatusCode.PERMISSION_DENIED,
+    "DEADLINE_EXCEEDED": StatusCode.DEADLINE_EXCEEDED,
+    "CANCELLED": StatusCode.CANCELLED,
+    "INTERNAL": StatusCode.INTERNAL,
+}
+
+QUOTA_REASONS = frozenset({"INSUFFICIENT_CREDIT", "RATE_LIMITED"})
+
+
+def _packed(message: object) -> any_pb2.Any:
+    detail = any_pb2.Any()
+    detail.Pack(message)  # type: ignore[arg-type]  # google.rpc ships no types
+    return detail
+
+
+def status_of(error: DomainError, *, request_id: str) -> status_pb2.Status:
+    """What the client is told: code, text, ErrorInfo always, and what else its reason calls for."""
+    code = CODE_OF_REASON[error.reason]
+    metadata = {**error.metadata, "request_id": request_id}
+    details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
+    if error.violations:
+        details.append(_packed(error_details_pb2.BadRequest(field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
+            for violation in error.violations
+        ])))
+    if error.reason in QUOTA_REASONS:
+        subject = f"user:{error.metadata['user_id']}" if "user_id" in error.metadata else DOMAIN
+        details.append(_packed(error_details_pb2.QuotaFailure(violations=[
+            error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
+        ])))
+    if error.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=code_pb2.Code.Value(code.name), message=error.message, details=details)
+
+
+def error_info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
+    """The ErrorInfo in a status, or None."""
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info
+    return None
