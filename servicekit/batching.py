@@ -22,18 +22,21 @@ class MicroBatcher(Generic[Item, Result]):
 
     `run(items)` answers one result per item, in order; a result that is an exception is raised to that item's caller,
     and an exception that `run` raises goes to every caller of the batch. A caller that is cancelled leaves the others
-    alone: its item is dropped if its batch has not begun, and finished unheard otherwise.
+    alone: its item is dropped if its batch has not begun, and finished unheard otherwise. An item may weigh as much as
+    several; a batch holds at most `most_items` of weight, or one item that is heavier by itself.
     """
 
     def __init__(
         self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]], *, name: str,
         most_items: int = 500, most_queued: int = 20_000, workers: int = 1, linger_seconds: float = 0.0,
+        weigh: Callable[[Item], int] = lambda _item: 1,
     ) -> None:
         self._run = run
         self._name = name
         self._most_items = most_items
         self._most_queued = most_queued
         self._linger_seconds = linger_seconds
+        self._weigh = weigh
         self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._idle_workers = workers
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,10 +76,15 @@ class MicroBatcher(Generic[Item, Result]):
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
-        while self._queue and len(batch) < self._most_items:
-            item, future = self._queue.popleft()
+        weight = 0
+        while self._queue:
+            item, future = self._queue[0]
+            if batch and weight + self._weigh(item) > self._most_items:
+                break
+            self._queue.popleft()
             if not future.done():
                 batch.append((item, future))
+                weight += self._weigh(item)
         return batch
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:

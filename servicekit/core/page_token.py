@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import datetime
 
 from servicekit.core.errors import InvalidField
 
@@ -32,4 +33,18 @@ def decode_page_token(token: str, *, question: Sequence[object], types: Sequence
     clean = all(not isinstance(part, str) or "\x00" not in part for part in key)
     if digest != _digest(question) or len(key) != len(types) or not (in_range and small and clean):
         raise InvalidField.of("page_token", "belongs to another list or other filters")
-    return key
+    return list(key)
+
+
+def decode_time_token(token: str, *, question: Sequence[object]) -> tuple[datetime, str] | None:
+    """As decode_page_token, for keys of a time in ISO 8601 and an id."""
+    key = decode_page_token(token, question=question, types=(str, str))
+    if key is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(str(key[0]))
+    except ValueError:
+        raise InvalidField.of("page_token", "is not a token of this list") from None
+    if moment.tzinfo is None:
+        raise InvalidField.of("page_token", "is not a token of this list")
+    return moment, str(key[1])

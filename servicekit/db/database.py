@@ -52,7 +52,7 @@ class Database:
         self._connect_seconds = connect_seconds
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             url, min_size=min(2, pool_size), max_size=pool_size, open=False, timeout=connect_seconds,
-            reconnect_timeout=0.0, check=None,
+            reconnect_timeout=2.0,
             kwargs={
                 "autocommit": True, "prepare_threshold": 0, "options": options, "application_name": application_name,
                 "connect_timeout": 5, "keepalives_idle": 15, "tcp_user_timeout": 15000,
@@ -60,7 +60,7 @@ class Database:
         )
 
     async def open(self) -> None:
-        """Opens the pool when the database answers; waits for it with back-off and says so."""
+        """Returns when the database answers; waits for it with back-off and says so."""
         backoff = Backoff(first_seconds=0.2, most_seconds=5.0)
         await self._pool.open(wait=False)
         while not await self.answers():

@@ -17,16 +17,13 @@ from typing import Any
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from servicekit.core.backoff import Backoff
+from servicekit.core.offsets import OffsetMove, StaleConsumer
 from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
 
 Partition = tuple[str, int]
 POLL_SECONDS = 0.1
-
-
-class StaleConsumer(Exception):
-    """The stored offsets are not those that this consumer began at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +39,15 @@ class KafkaRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class OffsetMove:
-    """For one partition: the offset that was expected next, and the one after the batch."""
-
-    topic: str
-    partition: int
-    first: int
-    next: int
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """Records in order per partition, and what they do to the offsets."""
 
     records: Sequence[KafkaRecord]
     moves: Sequence[OffsetMove]
+
+
+def _bytes(value: Any) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
 
 
 class KafkaConsumer:
@@ -76,6 +67,7 @@ class KafkaConsumer:
         self._most_records = most_records
         self._protocol = protocol
         self._stopping = threading.Event()
+        self._ended = asyncio.Event()
         self._next: dict[Partition, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.assigned: frozenset[Partition] = frozenset()
@@ -83,7 +75,8 @@ class KafkaConsumer:
     async def run(self) -> None:
         """Consumes until it is cancelled or stopped."""
         self._loop = asyncio.get_running_loop()
-        finished = asyncio.get_running_loop().create_future()
+        self._ended.clear()
+        finished = self._loop.create_future()
         thread = threading.Thread(target=self._run_thread, args=(finished,), name="kafka-consumer", daemon=True)
         thread.start()
         try:
@@ -91,9 +84,13 @@ class KafkaConsumer:
         finally:
             self._stopping.set()
             await finished
+            self._ended.set()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """Finishes the batch at hand and leaves the group."""
         self._stopping.set()
+        if self._loop is not None:
+            await self._ended.wait()
 
     def _run_thread(self, finished: asyncio.Future[None]) -> None:
         assert self._loop is not None
@@ -117,7 +114,12 @@ class KafkaConsumer:
             except Exception as error:  # noqa: BLE001 - logged; nothing was committed, so it begins again
                 log.error("kafka_consumer_failed", error=error)
                 self._stopping.wait(backoff.next_seconds())
-        self._loop.call_soon_threadsafe(lambda: finished.done() or finished.set_result(None))
+
+        def finish() -> None:
+            if not finished.done():
+                finished.set_result(None)
+
+        self._loop.call_soon_threadsafe(finish)
 
     def _consume(self, protocol: str, backoff: Backoff) -> None:
         consumer = Consumer(self._settings(protocol))
@@ -197,8 +199,11 @@ class KafkaConsumer:
             assert offset is not None
             if (topic, partition) not in self._next:
                 continue  # revoked while it waited in librdkafka's queue
-            headers = [(key, value or b"") for key, value in message.headers() or ()]
-            records.append(KafkaRecord(topic, partition, offset, message.key(), message.value(), headers))
+            pairs: Any = message.headers() or ()
+            headers = [(key, _bytes(value) or b"") for key, value in pairs]
+            records.append(
+                KafkaRecord(topic, partition, offset, _bytes(message.key()), _bytes(message.value()), headers)
+            )
             ends[(topic, partition)] = offset + 1
         moves = [OffsetMove(topic, number, self._next[(topic, number)], end) for (topic, number), end in ends.items()]
         return Batch(records, moves)

@@ -8,7 +8,7 @@ from datetime import datetime
 PROTOBUF = b"application/protobuf"
 JSON = b"application/json"
 
-Headers = list[tuple[str, bytes]]
+Headers = list[tuple[str, str | bytes | None]]
 
 
 def event_headers(*, event_id: str, event_type: str, source: str, time: datetime) -> Headers:
@@ -22,7 +22,7 @@ def event_headers(*, event_id: str, event_type: str, source: str, time: datetime
     ]
 
 
-def header_of(headers: Sequence[tuple[str, bytes | str | None]] | None, name: str) -> bytes | None:
+def header_of(headers: Headers | Sequence[tuple[str, bytes]] | None, name: str) -> bytes | None:
     """The last header of that name, or None."""
     for key, value in reversed(headers or ()):
         if key == name:

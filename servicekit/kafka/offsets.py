@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Table, Text
 
+from servicekit.core.offsets import OffsetMove, StaleConsumer
 from servicekit.db.database import Connection, Database
-from servicekit.kafka.consumer import OffsetMove, Partition, StaleConsumer
+from servicekit.kafka.consumer import Partition
 
 CREATE = """
 CREATE TABLE consumer_offset (

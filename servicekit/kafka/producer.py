@@ -65,7 +65,7 @@ class KafkaProducer:
                 report(index, error)
 
             try:
-                self._producer.produce(topic, value, key, headers=headers, on_delivery=delivered)
+                self._producer.produce(topic, value, key, headers=list(headers), on_delivery=delivered)
             except (BufferError, KafkaException) as error:
                 report(index, None)
                 outcomes[index] = error

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # exported, not declared
 
 from servicekit.core.backoff import Backoff
 from servicekit.telemetry.logs import EventLogger

@@ -143,3 +143,12 @@ class TokenFile:
 def unknown_scopes(scopes: Iterable[str | None]) -> set[str]:
     """Scopes of a table that do not exist."""
     return {scope for scope in scopes if scope} - SCOPES
+
+
+def authenticator_of(auth: str, tokens_file: Path | None, *, clock: Clock) -> Authenticator:
+    """By the settings. Raises ValueError for a damaged tokens file, and when tokens are asked for without a file."""
+    if auth == "none":
+        return NoAuthentication()
+    if tokens_file is None:
+        raise ValueError("a tokens file is needed")
+    return TokenFile(tokens_file, clock=clock)

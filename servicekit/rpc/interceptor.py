@@ -31,6 +31,8 @@ log = EventLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 MOST_REQUEST_ID_LENGTH = 128
 Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any
+"""grpc.RpcMethodHandler: its stubs describe synchronous handlers only."""
 
 
 class Undecodable:
@@ -51,12 +53,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._clock = clock
         self._ids = ids
         self._log_successes = log_successes
-        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+        self._wrapped: dict[str, Handler] = {}
 
-    async def intercept_service(  # type: ignore[override]  # the stubs know only the generic types
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> Handler | None:
         method = handler_call_details.method
         wrapped = self._wrapped.get(method)
         if wrapped is None:
@@ -120,12 +122,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _MethodWrapper:
     """One method's handler with everything around it."""
 
-    def __init__(self, interceptor: CallInterceptor, method: str, handler: grpc.RpcMethodHandler) -> None:
+    def __init__(self, interceptor: CallInterceptor, method: str, handler: Handler) -> None:
         self._interceptor = interceptor
         self._method = method
         self._inner = handler
 
-    def handler(self) -> grpc.RpcMethodHandler:
+    def handler(self) -> Handler:
         inner = self._inner
         coders = {
             "request_deserializer": _tolerant(inner.request_deserializer),

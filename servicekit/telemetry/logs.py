@@ -36,8 +36,9 @@ def configure_logs(*, service: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("aiohttp", "psycopg.pool", "alembic", "asyncio"):
+    for noisy in ("aiohttp", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel("WARNING")
+    logging.getLogger("psycopg.pool").setLevel("ERROR")  # says in many lines what Database says in one
 
 
 class EventLogger:

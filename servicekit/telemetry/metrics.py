@@ -57,7 +57,7 @@ def serve_metrics(address: tuple[str, int]) -> Any:
     registry = REGISTRY
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library has no types here
     host, port = address
     server, _thread = start_http_server(port, addr=host, registry=registry)
     return server
