@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -21,13 +21,13 @@ class DomainError(Exception):
 
     def __init__(
         self, message: str, *, retry_after_seconds: float | None = None, violations: Sequence[FieldViolation] = (),
-        **metadata: str | int,
+        facts: Mapping[str, str | int] | None = None, **metadata: str | int,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_seconds = retry_after_seconds
         self.violations = tuple(violations)
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {key: str(value) for key, value in {**(facts or {}), **metadata}.items()}
 
 
 class InvalidField(DomainError):

@@ -50,13 +50,16 @@ class OutboxRelay:
         self._wake = asyncio.Event()
         self._backoff = Backoff(first_seconds=0.05, most_seconds=5.0)
         self._stopping = False
+        self._stopped = asyncio.Event()
+        self._stopped.set()
 
     def wake(self) -> None:
         """Something was committed: look now instead of at the next poll."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Relays until it is cancelled or told to stop."""
+        """Relays until it is cancelled or told to leave."""
+        self._stopped.clear()
         leasing = asyncio.create_task(self._keep_leases(), name="outbox-leases")
         try:
             while not self._stopping:
@@ -64,21 +67,20 @@ class OutboxRelay:
                 if await self._relay_once() < MOST_MESSAGES:
                     await self._pause(POLL_SECONDS)
         finally:
+            self._stopped.set()
             leasing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await leasing
 
-    async def flush(self, *, seconds: float) -> None:
-        """Relays what waits in this replica's lanes, at most so long; used when draining."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while await self._relay_once():
-                    pass
-
-    async def leave(self) -> None:
-        """Gives the lanes to the others."""
+    async def leave(self, *, flush_seconds: float) -> None:
+        """Relays what still waits in this replica's lanes, at most so long, and gives the lanes to the others."""
         self._stopping = True
         self._wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(flush_seconds):
+                await self._stopped.wait()
+                while await self._relay_once():
+                    pass
         with contextlib.suppress(DomainError):
             async with self._database.connection() as connection:
                 await connection.execute(table.RELEASE_LANES, {"owner": self._owner, "keep": []})

@@ -153,7 +153,8 @@ class Book:
             input_tokens=command.input_tokens, max_output_tokens=size.output_tokens,
             asked_output_tokens=command.max_output_tokens,
             price_rule_id=rule.rule_id if rule else "", price_rule_version=rule.version if rule else 0,
-            request_fingerprint=command.request_fingerprint, skip_charge=command.skip_charge, state=HoldState.OPEN,
+            request_fingerprint=command.request_fingerprint, skip_charge=command.skip_charge, origin=command.origin,
+            state=HoldState.OPEN,
             opened_at=self._now, expires_at=self._now + command.ttl,
         )
         self._touch(account).held_micros += size.micros

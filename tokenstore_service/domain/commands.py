@@ -30,6 +30,7 @@ class OpenHold:
     ttl: timedelta
     request_fingerprint: bytes = b""
     skip_charge: bool = False
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Hold:
     price_rule_version: int
     request_fingerprint: bytes
     skip_charge: bool
+    origin: str
     state: HoldState
     opened_at: datetime
     expires_at: datetime

@@ -37,7 +37,7 @@ ORDER BY opened_at DESC, hold_id DESC LIMIT %(limit)s
 """
 EXPIRED_HOLDS = f"""
 SELECT {HOLD_COLUMNS} FROM hold
-WHERE state = 4 AND closed_at >= %(since)s
+WHERE state = 4 AND closed_at >= %(since)s AND (%(origin)s = '' OR origin = %(origin)s)
     AND (%(after_at)s::timestamptz IS NULL OR (closed_at, hold_id) > (%(after_at)s, %(after_id)s))
 ORDER BY closed_at, hold_id LIMIT %(limit)s
 """
@@ -99,11 +99,12 @@ class PostgresLedgerReader:
         return [row_mapping.hold_from_row(row) for row in rows]
 
     async def expired_holds(
-        self, *, since: datetime, after: tuple[datetime, UUID] | None, limit: int
+        self, *, origin: str, since: datetime, after: tuple[datetime, UUID] | None, limit: int
     ) -> list[Hold]:
         after_at, after_id = after or (None, None)
         rows = await self._rows(
-            EXPIRED_HOLDS, {"since": since, "after_at": after_at, "after_id": after_id, "limit": limit}
+            EXPIRED_HOLDS,
+            {"origin": origin, "since": since, "after_at": after_at, "after_id": after_id, "limit": limit},
         )
         return [row_mapping.hold_from_row(row) for row in rows]
 

@@ -88,7 +88,7 @@ def hold_from_row(row: Row) -> Hold:
         user_id=row[0], hold_id=row[1], request_id=row[2], scene=row[3], provider=row[4], model=row[5],
         held_micros=row[6], input_tokens=row[7], max_output_tokens=row[8], asked_output_tokens=row[9],
         price_rule_id=row[10], price_rule_version=row[11], request_fingerprint=row[12], skip_charge=row[13],
-        state=HoldState(row[14]), opened_at=row[15], expires_at=row[16], closed_at=row[17],
+        origin=row[14], state=HoldState(row[15]), opened_at=row[16], expires_at=row[17], closed_at=row[18],
     )
 
 
@@ -96,8 +96,8 @@ def hold_to_row(hold: Hold) -> Row:
     return (
         hold.user_id, hold.hold_id, hold.request_id, hold.scene, hold.provider, hold.model, hold.held_micros,
         hold.input_tokens, hold.max_output_tokens, hold.asked_output_tokens, hold.price_rule_id,
-        hold.price_rule_version, hold.request_fingerprint, hold.skip_charge, int(hold.state), hold.opened_at,
-        hold.expires_at, hold.closed_at,
+        hold.price_rule_version, hold.request_fingerprint, hold.skip_charge, hold.origin, int(hold.state),
+        hold.opened_at, hold.expires_at, hold.closed_at,
     )
 
 

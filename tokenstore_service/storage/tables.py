@@ -89,6 +89,7 @@ hold = Table(
     Column("price_rule_version", Integer, nullable=False),
     Column("request_fingerprint", LargeBinary, nullable=False),
     Column("skip_charge", Boolean, nullable=False),
+    _words("origin"),
     Column("state", SmallInteger, nullable=False),
     Column("opened_at", TIME, nullable=False),
     Column("expires_at", TIME, nullable=False),

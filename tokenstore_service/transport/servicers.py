@@ -159,7 +159,8 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
             if request.HasField("closed_since"):
                 since = timestamp_from_proto(request.closed_since, field="closed_since")
             holds, token = await read_books.list_expired_holds(
-                self._books.reader, since=since, page_size=page_size, page_token=request.page_token
+                self._books.reader, origin=request.origin, since=since, page_size=page_size,
+                page_token=request.page_token,
             )
         return hold_service_pb2.ListHoldsResponse(holds=[hold_to_proto(each) for each in holds], next_page_token=token)
 

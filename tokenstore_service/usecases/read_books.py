@@ -103,12 +103,14 @@ async def list_holds(
 
 
 async def list_expired_holds(
-    reader: LedgerReader, *, since: datetime | None, page_size: int, page_token: str
+    reader: LedgerReader, *, origin: str, since: datetime | None, page_size: int, page_token: str
 ) -> tuple[list[Hold], str]:
     """Expired holds of all accounts, oldest closed first."""
-    question = ("expired", since)
+    question = ("expired", origin, since)
     after = _decode_hold_key(page_token, question)
-    holds = await reader.expired_holds(since=since or EPOCH, after=after, limit=page_size + 1)
+    holds = await reader.expired_holds(
+        origin=origin, since=since or EPOCH, after=after, limit=page_size + 1
+    )
     return _page_of(holds, page_size, question, lambda hold: hold.closed_at or hold.expires_at)
 
 

@@ -32,7 +32,7 @@ def open_hold_from_proto(message: hold_service_pb2.HoldRequest, *, index: int) -
         input_tokens=message.input_tokens, max_output_tokens=message.max_output_tokens,
         min_output_tokens=message.min_output_tokens,
         ttl=ttl_from_proto(message.ttl if message.HasField("ttl") else None),
-        request_fingerprint=message.request_fingerprint, skip_charge=message.skip_charge,
+        request_fingerprint=message.request_fingerprint, skip_charge=message.skip_charge, origin=message.origin,
     )
 
 
@@ -64,4 +64,5 @@ def hold_to_proto(hold: Hold) -> hold_service_pb2.Hold:
         max_output_tokens=hold.max_output_tokens, state=hold_service_pb2.HoldState.ValueType(hold.state),
         opened_at=timestamp_to_proto(hold.opened_at), expires_at=timestamp_to_proto(hold.expires_at),
         closed_at=optional_timestamp_to_proto(hold.closed_at), skip_charge=hold.skip_charge,
+        origin=hold.origin,
     )

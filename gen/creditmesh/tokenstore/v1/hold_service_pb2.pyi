@@ -72,6 +72,7 @@ class HoldRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     REQUEST_FINGERPRINT_FIELD_NUMBER: _builtins.int
     SKIP_CHARGE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Call and hold id, a UUID (v7 keeps the tables compact). The same one with the same content = the first answer."""
     user_id: _builtins.str
@@ -94,6 +95,8 @@ class HoldRequest(_message.Message):
     """Fingerprint of the request's content, 0..32 bytes: the same request_id with another one is a conflict."""
     skip_charge: _builtins.bool
     """Hold nothing: the call is not charged, only recorded."""
+    origin: _builtins.str
+    """Service that opens it, 0..64 characters, so that it can find its own again; llm_service says "llm_service"."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long it stays open without a charge, 1 s..1 day. Absent = 60 s."""
@@ -113,10 +116,11 @@ class HoldRequest(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         request_fingerprint: _builtins.bytes = ...,
         skip_charge: _builtins.bool = ...,
+        origin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "origin", b"origin", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,6 +462,7 @@ class Hold(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     CLOSED_AT_FIELD_NUMBER: _builtins.int
     SKIP_CHARGE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """Hold, the call_id."""
     user_id: _builtins.str
@@ -480,6 +485,8 @@ class Hold(_message.Message):
     """Where it stands."""
     skip_charge: _builtins.bool
     """True when the call is only recorded."""
+    origin: _builtins.str
+    """Service that opened it."""
     @_builtins.property
     def opened_at(self) -> _timestamp_pb2.Timestamp:
         """When it was opened."""
@@ -509,10 +516,11 @@ class Hold(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         closed_at: _timestamp_pb2.Timestamp | None = ...,
         skip_charge: _builtins.bool = ...,
+        origin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["closed_at", b"closed_at", "expires_at", b"expires_at", "opened_at", b"opened_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_at", b"closed_at", "expires_at", b"expires_at", "held_micros", b"held_micros", "hold_id", b"hold_id", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "opened_at", b"opened_at", "provider", b"provider", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_at", b"closed_at", "expires_at", b"expires_at", "held_micros", b"held_micros", "hold_id", b"hold_id", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model", b"model", "opened_at", b"opened_at", "origin", b"origin", "provider", b"provider", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -579,6 +587,7 @@ class ListHoldsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     CLOSED_SINCE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account. Empty = all accounts (then only EXPIRED ones, oldest closed first)."""
     state: Global___HoldState.ValueType
@@ -587,6 +596,8 @@ class ListHoldsRequest(_message.Message):
     """Most holds to answer, 1..500. Absent or 0 = 50."""
     page_token: _builtins.str
     """next_page_token of the page before; empty = the first."""
+    origin: _builtins.str
+    """With all accounts: only those opened by this service. Empty = any."""
     @_builtins.property
     def closed_since(self) -> _timestamp_pb2.Timestamp:
         """With all accounts: only those closed at or after this."""
@@ -599,10 +610,11 @@ class ListHoldsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         closed_since: _timestamp_pb2.Timestamp | None = ...,
+        origin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["closed_since", b"closed_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_since", b"closed_since", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_since", b"closed_since", "origin", b"origin", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,6 +78,7 @@ CREATE TABLE hold (
     price_rule_version integer NOT NULL,
     request_fingerprint bytea NOT NULL,
     skip_charge boolean NOT NULL,
+    origin text NOT NULL,
     state smallint NOT NULL,
     opened_at timestamptz NOT NULL,
     expires_at timestamptz NOT NULL,

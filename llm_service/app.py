@@ -1,0 +1,152 @@
+"""Builds the server out of its parts; the only place that does."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from llm_service.clients.credit_ledger import DirectChargeDelivery, GrpcCreditLedger
+from llm_service.clients.local_model import LocalModel
+from llm_service.clients.openai_chat import OpenAiChat
+from llm_service.clients.token_counter import BpeTokenCounter
+from llm_service.config import Settings
+from llm_service.domain.call import CallRecord
+from llm_service.domain.deployment import Provider
+from llm_service.storage.call_journal import PostgresCallJournal
+from llm_service.storage.model_registry import FollowedDirectory, PostgresModelRegistry
+from llm_service.storage.sealed_keys import KeySealer
+from llm_service.storage.tables import SCHEMA
+from llm_service.transport.servicers import Calls, services
+from llm_service.usecases.keep_calls_alive import keep_calls_alive
+from llm_service.usecases.manage_models import ModelAdministration
+from llm_service.usecases.run_call import CallRunner
+from llm_service.usecases.running_calls import RunningCalls
+from llm_service.usecases.sweep_calls import sweep_calls
+from llm_service.wire.chat import answer_from_bytes, answer_to_bytes
+from llm_service.wire.events import CHARGE_REQUESTED, CHARGES_TOPIC, charge_requested_to_bytes
+from servicekit.core.clock import SystemClock
+from servicekit.core.faults import faults_from
+from servicekit.core.ids import RandomIdSource
+from servicekit.db.database import Database
+from servicekit.kafka.producer import KafkaProducer, KafkaPublisher
+from servicekit.kafka.topics import ensure_topics
+from servicekit.lifecycle import Readiness, background, serve_until_stopped, stop_signal
+from servicekit.outbox.message import Publisher
+from servicekit.outbox.relay import OutboxRelay
+from servicekit.rpc.auth import authenticator_of
+from servicekit.rpc.channel import TokenMetadata, open_channel
+from servicekit.rpc.interceptor import CallInterceptor
+from servicekit.rpc.server import HealthBoard, all_scopes, build_server
+from servicekit.rpc.validation import RequestValidator
+from servicekit.settings import redacted
+from servicekit.telemetry.logs import EventLogger
+from servicekit.telemetry.metrics import OutboxMetrics, RpcMetrics
+
+log = EventLogger(__name__)
+
+NAME = "llm_service"
+MIGRATIONS = Path(__file__).parent / "storage" / "migrations"
+WRITER_CONNECTIONS = 3
+FLUSH_SECONDS = 5.0
+
+
+def event_of(record: CallRecord) -> tuple[str, str, bytes]:
+    return CHARGE_REQUESTED, CHARGES_TOPIC, charge_requested_to_bytes(record)
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM. Raises OSError when the port is taken."""
+    stop = stop_signal()
+    clock, ids, faults = SystemClock(), RandomIdSource(), faults_from(settings.fault)
+    hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
+    log.info("starting", **redacted(settings))
+    if settings.redis_url:
+        log.warning("redis_not_used", reason="nothing of this service is kept there in this version")
+    url = settings.database_url.get_secret_value()
+    database = Database(url, schema=SCHEMA, application_name=NAME, pool_size=settings.database_pool_size)
+    writing = Database(
+        url, schema=SCHEMA, application_name=f"{NAME}-writer", pool_size=WRITER_CONNECTIONS, by_key_only=True
+    )
+    channel = open_channel(
+        settings.tokenstore_target, ca_file=settings.tokenstore_tls_ca_file,
+        cert_file=settings.tokenstore_tls_cert_file, key_file=settings.tokenstore_tls_key_file,
+    )
+    token = TokenMetadata(settings.tokenstore_token_file)
+    ledger = GrpcCreditLedger(channel, token, hold_ttl=hold_ttl)
+    registry = PostgresModelRegistry(database, KeySealer(settings.sealing_key()))
+    directory = FollowedDirectory(database, registry)
+    tokens = BpeTokenCounter()
+    running = RunningCalls()
+    openai_chat = OpenAiChat()
+    async with AsyncExitStack() as stack:
+        for each in (database, writing):
+            await each.open()
+            stack.push_async_callback(each.close)
+        stack.push_async_callback(channel.close)
+        stack.push_async_callback(openai_chat.close)
+        publisher: Publisher = DirectChargeDelivery(channel, token)
+        if settings.kafka_bootstrap_servers:
+            await ensure_topics(settings.kafka_bootstrap_servers, [CHARGES_TOPIC])
+            producer = KafkaProducer(settings.kafka_bootstrap_servers, client_id=NAME)
+            stack.callback(producer.close)
+            publisher = KafkaPublisher(producer, source=f"/creditmesh/{NAME}")
+        relay = OutboxRelay(
+            writing, publisher, owner=f"{os.uname().nodename}:{os.getpid()}:{ids.new_id()}", metrics=OutboxMetrics(),
+            clock=clock, faults=faults,
+        )
+        journal = PostgresCallJournal(
+            writing, database, event_of=event_of, answer_to_bytes=answer_to_bytes,
+            answer_from_bytes=answer_from_bytes, wake_relay=relay.wake,
+        )
+        runner = CallRunner(
+            models=directory, ledger=ledger, journal=journal, tokens=tokens, running=running, clock=clock, ids=ids,
+            faults=faults, most_running=settings.most_running_calls,
+            providers={
+                Provider.LOCAL: LocalModel(tokens, tokens_per_second=settings.local_tokens_per_second),
+                Provider.OPENAI_CHAT: openai_chat,
+            },
+        )
+        validator = RequestValidator()
+        served = services(
+            Calls(runner, journal, running, directory, tokens, ids),
+            ModelAdministration(registry, directory, clock=clock, ids=ids), validator,
+        )
+        board = HealthBoard([service.name for service in served])
+        server = build_server(
+            settings=settings, services=served, health_board=board,
+            interceptor=CallInterceptor(
+                authenticator=authenticator_of(settings.auth, settings.auth_tokens_file, clock=clock),
+                scopes=all_scopes(served, reflection_open=settings.reflection_open), validator=validator,
+                metrics=RpcMetrics(), clock=clock, ids=ids, log_successes=settings.access_log == "all",
+            ),
+        )
+        await directory.refresh()
+        await stack.enter_async_context(background(directory.follow, name="models"))
+        await stack.enter_async_context(background(relay.run, name="outbox-relay"))
+        await stack.enter_async_context(background(
+            lambda: keep_calls_alive(running, journal, ledger, clock=clock, hold_ttl=hold_ttl), name="heartbeats"
+        ))
+        kept = timedelta(seconds=settings.answers_kept_seconds)
+        await stack.enter_async_context(background(
+            lambda: sweep_calls(journal, ledger, clock=clock, answers_kept=kept), name="call-sweeper"
+        ))
+
+        async def tokenstore_is_reachable() -> bool:
+            return channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY
+
+        async def after_drain() -> None:
+            await runner.close()
+            await journal.close()
+            await ledger.close()
+            await relay.leave(flush_seconds=FLUSH_SECONDS)
+
+        readiness = Readiness(board, {"postgresql": database.answers, "tokenstore": tokenstore_is_reachable})
+        await serve_until_stopped(
+            server, readiness=readiness, stop=stop, drain_seconds=settings.drain_seconds, stack=stack,
+            after_drain=after_drain,
+        )

@@ -1,0 +1,176 @@
+"""TokenStore over gRPC: holds batched across concurrent calls, charges delivered by the relay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from uuid import UUID
+
+import grpc
+import grpc.aio
+from creditmesh.tokenstore.v1 import (
+    charge_service_pb2,
+    charge_service_pb2_grpc,
+    hold_service_pb2,
+    hold_service_pb2_grpc,
+)
+from google.protobuf.duration_pb2 import Duration
+
+from llm_service.usecases.ports import ExpiredHold, HoldAsked, HoldGranted, HoldRefused
+from llm_service.wire.events import charge_requested_from_bytes
+from metering.wire import quote_from_proto
+from servicekit.batching import MicroBatcher
+from servicekit.core.errors import DependencyUnavailable
+from servicekit.outbox.message import OutboxMessage
+from servicekit.rpc.channel import TokenMetadata
+from servicekit.rpc.times import timestamp_from_proto, timestamp_to_proto
+from servicekit.telemetry.logs import EventLogger
+
+log = EventLogger(__name__)
+
+ORIGIN = "llm_service"
+HOLD_SECONDS = 5.0
+DELIVERY_SECONDS = 30.0
+MOST_HOLDS = 500
+PAGE_SIZE = 500
+DEPENDENCY = "TokenStore"
+
+
+class GrpcCreditLedger:
+    """Implements CreditLedger."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: TokenMetadata, *, hold_ttl: timedelta) -> None:
+        self._stub = hold_service_pb2_grpc.HoldServiceStub(channel)
+        self._metadata = metadata
+        self._ttl = Duration()
+        self._ttl.FromTimedelta(hold_ttl)
+        self._opening: MicroBatcher[HoldAsked, HoldGranted | HoldRefused] = MicroBatcher(
+            self._open_holds, name="open-holds", most_items=MOST_HOLDS, workers=2
+        )
+        self._releasing: MicroBatcher[tuple[str, UUID], None] = MicroBatcher(
+            self._release_holds, name="release-holds", most_items=MOST_HOLDS
+        )
+
+    async def open_hold(self, asked: HoldAsked) -> HoldGranted | HoldRefused:
+        return await self._opening.submit(asked)
+
+    async def release_hold(self, user_id: str, call_id: UUID) -> None:
+        await self._releasing.submit((user_id, call_id))
+
+    async def extend_holds(self, holds: Sequence[tuple[str, UUID]]) -> None:
+        for begin in range(0, len(holds), MOST_HOLDS):
+            request = hold_service_pb2.ExtendHoldsRequest(holds=_keys(holds[begin:begin + MOST_HOLDS]), ttl=self._ttl)
+            try:
+                await self._stub.ExtendHolds(request, timeout=HOLD_SECONDS, metadata=self._metadata())
+            except grpc.aio.AioRpcError as error:
+                raise _unavailable(error) from error
+
+    async def expired_holds(self, *, since: datetime) -> list[ExpiredHold]:
+        found: list[ExpiredHold] = []
+        request = hold_service_pb2.ListHoldsRequest(
+            state=hold_service_pb2.HOLD_STATE_EXPIRED, page_size=PAGE_SIZE, origin=ORIGIN,
+            closed_since=timestamp_to_proto(since),
+        )
+        while True:
+            try:
+                answer = await self._stub.ListHolds(request, timeout=HOLD_SECONDS, metadata=self._metadata())
+            except grpc.aio.AioRpcError as error:
+                raise _unavailable(error) from error
+            found += [_expired_hold_from_proto(hold) for hold in answer.holds]
+            if not answer.next_page_token:
+                return found
+            request.page_token = answer.next_page_token
+
+    async def close(self) -> None:
+        await self._opening.close()
+        await self._releasing.close()
+
+    async def _open_holds(self, asked: Sequence[HoldAsked]) -> Sequence[HoldGranted | HoldRefused | Exception]:
+        request = hold_service_pb2.OpenHoldsRequest(requests=[self._hold_request(each) for each in asked])
+        try:
+            answer = await self._stub.OpenHolds(request, timeout=HOLD_SECONDS, metadata=self._metadata())
+        except grpc.aio.AioRpcError as error:
+            raise _unavailable(error) from error
+        return [_hold_from_proto(result) for result in answer.results]
+
+    async def _release_holds(self, holds: Sequence[tuple[str, UUID]]) -> Sequence[None]:
+        request = hold_service_pb2.ReleaseHoldsRequest(holds=_keys(holds))
+        try:
+            await self._stub.ReleaseHolds(request, timeout=HOLD_SECONDS, metadata=self._metadata())
+        except grpc.aio.AioRpcError as error:
+            raise _unavailable(error) from error
+        return [None] * len(holds)
+
+    def _hold_request(self, asked: HoldAsked) -> hold_service_pb2.HoldRequest:
+        billing = asked.billing
+        return hold_service_pb2.HoldRequest(
+            call_id=str(asked.call_id), user_id=billing.user_id, request_id=billing.request_id, scene=billing.scene,
+            provider=asked.provider, model=asked.model, input_tokens=asked.input_tokens,
+            max_output_tokens=asked.max_output_tokens, min_output_tokens=asked.min_output_tokens, ttl=self._ttl,
+            request_fingerprint=billing.request_fingerprint, skip_charge=billing.skip_charge, origin=ORIGIN,
+        )
+
+
+class DirectChargeDelivery:
+    """The relay's way to TokenStore when there is no Kafka: its idempotent RPC."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: TokenMetadata) -> None:
+        self._stub = charge_service_pb2_grpc.ChargeServiceStub(channel)
+        self._metadata = metadata
+
+    async def publish(self, messages: Sequence[OutboxMessage]) -> Sequence[Exception | None]:
+        request = charge_service_pb2.RecordChargesRequest(
+            charges=[charge_requested_from_bytes(message.payload) for message in messages]
+        )
+        try:
+            answer = await self._stub.RecordCharges(request, timeout=DELIVERY_SECONDS, metadata=self._metadata())
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT and len(messages) > 1:
+                # One message spoils the request of all: let each stand for itself.
+                return [await self._publish_one(message) for message in messages]
+            raise _unavailable(error) from error
+        for message, result in zip(messages, answer.results, strict=True):
+            if result.status in (charge_service_pb2.RECORD_STATUS_CONFLICT, charge_service_pb2.RECORD_STATUS_REJECTED):
+                log.error("charge_not_booked", event_id=message.event_id, detail=result.detail)
+        return [None] * len(messages)
+
+    async def _publish_one(self, message: OutboxMessage) -> Exception | None:
+        try:
+            await self.publish([message])
+        except DependencyUnavailable as error:
+            return error
+        return None
+
+
+def _keys(holds: Sequence[tuple[str, UUID]]) -> list[hold_service_pb2.HoldKey]:
+    return [hold_service_pb2.HoldKey(user_id=user_id, hold_id=str(call_id)) for user_id, call_id in holds]
+
+
+def _hold_from_proto(result: hold_service_pb2.HoldResult) -> HoldGranted | HoldRefused:
+    if result.HasField("refused"):
+        refused = result.refused
+        return HoldRefused(
+            reason=refused.reason, needed_micros=refused.needed_micros, available_micros=refused.available_micros,
+            existing_call_id=UUID(refused.existing_call_id) if refused.existing_call_id else None,
+        )
+    granted = result.granted
+    return HoldGranted(
+        held_micros=granted.held_micros, max_output_tokens=granted.max_output_tokens,
+        quote=quote_from_proto(granted.quote) if granted.HasField("quote") else None,
+        expires_at=timestamp_from_proto(granted.expires_at, field="expires_at"),
+    )
+
+
+def _expired_hold_from_proto(hold: hold_service_pb2.Hold) -> ExpiredHold:
+    return ExpiredHold(
+        call_id=UUID(hold.hold_id), user_id=hold.user_id, request_id=hold.request_id, scene=hold.scene,
+        provider=hold.provider, model=hold.model, held_micros=hold.held_micros,
+        max_output_tokens=hold.max_output_tokens, opened_at=timestamp_from_proto(hold.opened_at, field="opened_at"),
+        closed_at=timestamp_from_proto(hold.closed_at, field="closed_at"),
+    )
+
+
+def _unavailable(error: grpc.aio.AioRpcError) -> DependencyUnavailable:
+    """Whatever TokenStore answers to a well-formed request of ours, the call can not go on without it."""
+    log.warning("tokenstore_failed", code=error.code().name, detail=error.details())
+    return DependencyUnavailable(DEPENDENCY)

@@ -1,0 +1,56 @@
+"""Settings of llm_service: environment variables `LLM_<FIELD>`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, SecretStr, model_validator
+
+from llm_service.storage.sealed_keys import parse_secret_key
+from servicekit.settings import Address, AddressOrOff, ServerSettings, load_settings
+
+PREFIX = "LLM"
+
+
+class Settings(ServerSettings):
+    """What llm_service is told; see servicekit.settings.ServerSettings for the rest."""
+
+    listen: Address = "127.0.0.1:50051"
+    metrics_listen: AddressOrOff = "127.0.0.1:9091"
+    tokenstore_target: str = "127.0.0.1:50052"
+    tokenstore_token_file: Path | None = None
+    tokenstore_tls_ca_file: Path | None = None
+    tokenstore_tls_cert_file: Path | None = None
+    tokenstore_tls_key_file: Path | None = None
+    kafka_bootstrap_servers: str = ""
+    redis_url: str = ""
+    secret_key: SecretStr | None = None
+    secret_key_file: Path | None = None
+    hold_ttl_seconds: int = Field(default=60, ge=2, le=3600)
+    answers_kept_seconds: int = Field(default=86_400, ge=0, le=31_536_000)
+    most_running_calls: int = Field(default=20_000, ge=1, le=1_000_000)
+    local_tokens_per_second: float = Field(default=60.0, ge=0, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _check_secret_key(self) -> Settings:
+        if self.secret_key is not None and self.secret_key_file is not None:
+            raise ValueError("secret_key: give this or the file, not both")
+        try:
+            self.sealing_key()
+        except ValueError as error:
+            raise ValueError(f"{'secret_key' if self.secret_key else 'secret_key_file'}: {error}") from None
+        return self
+
+    def sealing_key(self) -> bytes | None:
+        """The 32 bytes that seal model keys; None when there are none. Raises ValueError."""
+        if self.secret_key is not None:
+            return parse_secret_key(self.secret_key.get_secret_value())
+        if self.secret_key_file is not None and self.secret_key_file.is_file():
+            return parse_secret_key(self.secret_key_file.read_text())
+        return None
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Raises ConfigurationError with one line for each problem."""
+    return load_settings(Settings, prefix=PREFIX, environ=environ)

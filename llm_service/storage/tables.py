@@ -1,0 +1,127 @@
+"""The schema as data. Calls are keyed by user_id first, as everything that can be spread."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from servicekit.outbox.table import outbox_tables
+
+SCHEMA = "llm"
+METADATA = MetaData()
+TIME = DateTime(timezone=True)
+
+USAGE_COLUMNS = (
+    "input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens",
+    "input_audio_tokens", "output_audio_tokens",
+)
+
+
+def _words(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False)
+
+
+call = Table(
+    "call", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("call_id", Uuid, primary_key=True),
+    *map(_words, ("request_id", "scene", "conversation_id", "model", "provider", "price_provider", "upstream_model")),
+    Column("state", SmallInteger, nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    Column("skip_charge", Boolean, nullable=False),
+    Column("labels", JSONB, nullable=False),
+    Column("hold_micros", BigInteger, nullable=False),
+    Column("max_output_tokens", Integer, nullable=False),
+    _words("price_rule_id"),
+    Column("price_rule_version", Integer, nullable=False),
+    Column("rates", JSONB),
+    *(Column(name, BigInteger, nullable=False) for name in USAGE_COLUMNS),
+    Column("usage_source", SmallInteger, nullable=False),
+    Column("finish_reason", SmallInteger, nullable=False),
+    _words("error_reason"),
+    Column("credit_micros", BigInteger),
+    Column("charge_status", SmallInteger),
+    Column("swept", Boolean, nullable=False),
+    Column("created_at", TIME, nullable=False),
+    Column("first_token_at", TIME),
+    Column("ended_at", TIME),
+    Column("lease_until", TIME),
+    Column("cancel_asked", Boolean, nullable=False, server_default=text("false")),
+)
+Index("call_by_time", call.c.user_id, call.c.created_at, call.c.call_id)
+Index("call_by_request", call.c.user_id, call.c.request_id)
+# Two ways in without a user: by the id alone, and the sweeper's to the few that run.
+Index("call_by_id", call.c.call_id)
+Index("call_running", call.c.lease_until, postgresql_where=text("state = 1"))
+
+attempt = Table(
+    "attempt", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("call_id", Uuid, primary_key=True),
+    Column("number", SmallInteger, primary_key=True, autoincrement=False),
+    *map(_words, ("model_id", "provider", "upstream_model", "error_reason")),
+    Column("http_status", SmallInteger, nullable=False),
+    Column("started_at", TIME, nullable=False),
+    Column("first_token_at", TIME),
+    Column("ended_at", TIME),
+)
+
+call_answer = Table(
+    "call_answer", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("call_id", Uuid, primary_key=True),
+    Column("answer", LargeBinary, nullable=False),
+    Column("stored_at", TIME, nullable=False, server_default=text("now()")),
+)
+Index("call_answer_by_age", call_answer.c.stored_at)
+
+model = Table(
+    "model", METADATA,
+    Column("model_id", Text, primary_key=True),
+    _words("alias"),
+    Column("provider", SmallInteger, nullable=False),
+    *map(_words, ("base_url", "upstream_model")),
+    Column("sealed_key", LargeBinary),
+    Column("active", Boolean, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("weight", Integer, nullable=False),
+    Column("context_window", Integer, nullable=False),
+    Column("max_output_tokens", Integer, nullable=False),
+    Column("timeouts", JSONB, nullable=False),
+    Column("extra_headers", JSONB, nullable=False),
+    _words("price_provider"),
+    Column("created_at", TIME, nullable=False),
+    Column("updated_at", TIME, nullable=False),
+    Column("idempotency_key", Text),
+)
+Index("model_by_alias", model.c.alias, model.c.priority, model.c.model_id)
+Index("model_key", model.c.idempotency_key, unique=True)
+
+sweep_cursor = Table(
+    "sweep_cursor", METADATA,
+    Column("name", Text, primary_key=True),
+    Column("moved_to", TIME, nullable=False),
+)
+
+# One row whose revision every change of the registry raises, so that followers ask for one number.
+registry_revision = Table(
+    "registry_revision", METADATA,
+    Column("singleton", Boolean, primary_key=True, server_default=text("true")),
+    Column("revision", BigInteger, nullable=False),
+)
+
+outbox_tables(METADATA)

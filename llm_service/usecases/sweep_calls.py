@@ -1,0 +1,59 @@
+"""The sweeper: calls whose process died are settled by their last checkpoint, or become a visible unknown outcome."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+from llm_service.domain.call import sweep
+from llm_service.usecases.ports import CallJournal, CreditLedger, Settlement
+from servicekit.core.clock import Clock
+from servicekit.core.errors import DomainError
+from servicekit.telemetry.logs import EventLogger
+
+log = EventLogger(__name__)
+
+SWEEP_SECONDS = 1.0
+MOST_AT_ONCE = 100
+OVERLAP = timedelta(minutes=5)
+"""Expired holds are asked for again for so long: clocks differ, and commits come late."""
+PRUNE_EVERY = 60
+
+
+async def sweep_abandoned(journal: CallJournal, *, clock: Clock) -> int:
+    """Calls with a record whose lease ran out. Returns how many."""
+    abandoned = await journal.claim_abandoned(limit=MOST_AT_ONCE)
+    for record in abandoned:
+        recorded = await journal.settle(Settlement(sweep(record, at=clock.now())))
+        log.warning("call_swept", call_id=str(record.call_id), state=recorded.state.name)
+    return len(abandoned)
+
+
+async def sweep_orphaned_holds(journal: CallJournal, ledger: CreditLedger, *, clock: Clock) -> int:
+    """Calls that died before anything but their hold was written. Returns how many were found."""
+    cursor = await journal.sweep_cursor() or clock.now() - timedelta(days=1)
+    holds = await ledger.expired_holds(since=cursor - OVERLAP)
+    found = await journal.add_unknown_outcomes(holds) if holds else 0
+    if holds and holds[-1].closed_at > cursor:
+        await journal.move_sweep_cursor(holds[-1].closed_at)
+    if found:
+        log.warning("unknown_outcomes", calls=found)
+    return found
+
+
+async def sweep_calls(
+    journal: CallJournal, ledger: CreditLedger, *, clock: Clock, answers_kept: timedelta
+) -> None:
+    """Runs until it is cancelled."""
+    rounds = 0
+    while True:
+        try:
+            while await sweep_abandoned(journal, clock=clock) == MOST_AT_ONCE:
+                pass
+            await sweep_orphaned_holds(journal, ledger, clock=clock)
+            if rounds % PRUNE_EVERY == 0:
+                await journal.prune_answers(before=clock.now() - answers_kept)
+        except DomainError as error:
+            log.warning("sweep_failed", reason=str(error))
+        rounds += 1
+        await asyncio.sleep(SWEEP_SECONDS)

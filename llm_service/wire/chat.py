@@ -1,0 +1,151 @@
+"""Prompts, messages and deltas as they travel."""
+
+from __future__ import annotations
+
+import json
+
+from creditmesh.llm.v1 import chat_pb2, llm_service_pb2
+
+from llm_service.domain.chat import (
+    AudioPart,
+    Delta,
+    FilePart,
+    ImagePart,
+    JsonSchema,
+    Message,
+    Part,
+    Prompt,
+    ReasoningEffort,
+    Role,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolChoiceMode,
+)
+from servicekit.core.errors import InvalidField
+
+AnyCallRequest = llm_service_pb2.GenerateRequest | llm_service_pb2.StreamRequest
+
+
+def prompt_from_proto(request: AnyCallRequest) -> Prompt:
+    """Raises InvalidField for what the rules in the proto files can not say."""
+    form = request.response_format.WhichOneof("format")
+    schema = request.response_format.json_schema
+    return Prompt(
+        messages=messages_from_proto(request.messages),
+        temperature=request.temperature if request.HasField("temperature") else None,
+        top_p=request.top_p if request.HasField("top_p") else None,
+        stop=tuple(request.stop),
+        seed=request.seed if request.HasField("seed") else None,
+        tools=tuple(_tool_from_proto(tool, index) for index, tool in enumerate(request.tools)),
+        tool_choice=_tool_choice_from_proto(request),
+        json_object=form == "json_object",
+        json_schema=(
+            JsonSchema(schema.name, _checked_json(schema.schema, "response_format.json_schema.schema"), schema.strict)
+            if form == "json_schema" else None
+        ),
+        reasoning_effort=ReasoningEffort(request.reasoning_effort) if request.reasoning_effort else None,
+        thinking=None if not request.thinking else request.thinking == chat_pb2.THINKING_ENABLED,
+        parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None,
+        metadata=dict(request.metadata),
+    )
+
+
+def messages_from_proto(messages: object) -> tuple[Message, ...]:
+    """Raises InvalidField."""
+    return tuple(_message_from_proto(message, index) for index, message in enumerate(messages))  # type: ignore[arg-type,var-annotated]  # protobuf's containers
+
+
+def _message_from_proto(message: chat_pb2.Message, index: int) -> Message:
+    field = f"messages[{index}]"
+    if message.tool_calls and message.role != chat_pb2.ROLE_ASSISTANT:
+        raise InvalidField.of(f"{field}.tool_calls", "only an assistant's message has tool calls")
+    if bool(message.tool_call_id) != (message.role == chat_pb2.ROLE_TOOL):
+        raise InvalidField.of(f"{field}.tool_call_id", "goes together with ROLE_TOOL")
+    if not message.content and not message.tool_calls:
+        raise InvalidField.of(f"{field}.content", "must not be empty")
+    return Message(
+        role=Role(message.role), parts=tuple(_part_from_proto(part) for part in message.content), name=message.name,
+        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+        tool_call_id=message.tool_call_id, reasoning=message.reasoning,
+    )
+
+
+def _part_from_proto(part: chat_pb2.Content) -> Part:
+    match part.WhichOneof("part"):
+        case "image":
+            image = part.image
+            return ImagePart(image.url, image.data, image.mime_type or "image/png", image.detail)
+        case "audio":
+            return AudioPart(part.audio.data, part.audio.format)
+        case "file":
+            return FilePart(part.file.data, part.file.filename, part.file.mime_type)
+        case _:
+            return TextPart(part.text)
+
+
+def _tool_from_proto(tool: chat_pb2.Tool, index: int) -> Tool:
+    parameters = _checked_json(tool.parameters, f"tools[{index}].parameters") if tool.parameters else ""
+    return Tool(tool.name, tool.description, parameters, tool.strict)
+
+
+def _tool_choice_from_proto(request: AnyCallRequest) -> ToolChoiceMode | str | None:
+    match request.tool_choice.WhichOneof("choice"):
+        case "mode":
+            return ToolChoiceMode(request.tool_choice.mode)
+        case "function_name":
+            name = request.tool_choice.function_name
+            if name not in {tool.name for tool in request.tools}:
+                raise InvalidField.of("tool_choice.function_name", "is none of the tools")
+            return name
+        case _:
+            return None
+
+
+def _checked_json(text: str, field: str) -> str:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidField.of(field, "must be JSON") from None
+    if not isinstance(document, dict):
+        raise InvalidField.of(field, "must be a JSON object")
+    return text
+
+
+def message_to_proto(message: Message) -> chat_pb2.Message:
+    """A model's message: text, reasoning and tool calls."""
+    return chat_pb2.Message(
+        role=chat_pb2.Role.ValueType(message.role),
+        content=[chat_pb2.Content(text=part.text) for part in message.parts if isinstance(part, TextPart)],
+        tool_calls=[
+            chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
+        ],
+        reasoning=message.reasoning,
+    )
+
+
+def answer_to_bytes(message: Message) -> bytes:
+    return message_to_proto(message).SerializeToString()
+
+
+def answer_from_bytes(data: bytes) -> Message:
+    message = chat_pb2.Message.FromString(data)
+    return Message(
+        role=Role(message.role), parts=tuple(TextPart(part.text) for part in message.content),
+        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+        reasoning=message.reasoning,
+    )
+
+
+def delta_to_proto(delta: Delta) -> llm_service_pb2.StreamResponse:
+    if delta.tool_call is None:
+        return llm_service_pb2.StreamResponse(
+            delta=llm_service_pb2.Delta(text=delta.text, reasoning=delta.reasoning)
+        )
+    call = delta.tool_call
+    return llm_service_pb2.StreamResponse(delta=llm_service_pb2.Delta(
+        text=delta.text, reasoning=delta.reasoning,
+        tool_call_delta=llm_service_pb2.ToolCallDelta(
+            index=call.index, id=call.id, name=call.name, arguments=call.arguments
+        ),
+    ))
