@@ -38,8 +38,8 @@ class ServiceCommands:
     """The commands that start and prepare a server: serve, migrate, check-config."""
 
     def __init__(
-        self, *, module: str, prefix: str, load: Callable[[Mapping[str, str]], Any], serve: Callable[[Any], Coroutine[Any, Any, None]],
-        schema: str, migrations_folder: Path,
+        self, *, module: str, prefix: str, load: Callable[[Mapping[str, str]], Any],
+        serve: Callable[[Any], Coroutine[Any, Any, None]], schema: str, migrations_folder: Path,
     ) -> None:
         self._module = module
         self._url_variable = f"{prefix}_DATABASE_URL"

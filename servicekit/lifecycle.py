@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
 import grpc.aio
@@ -20,7 +20,7 @@ CHECK_TIMEOUT_SECONDS = 2.0
 
 
 class Readiness:
-    """Shows SERVING while every check passes. A check is a coroutine that raises, or answers False, when it does not."""
+    """Shows SERVING while every check passes. A check raises, or answers False, when it does not."""
 
     def __init__(self, board: HealthBoard, checks: Mapping[str, Callable[[], Awaitable[bool]]]) -> None:
         self._board = board
@@ -56,7 +56,7 @@ class Readiness:
 
 
 @contextlib.asynccontextmanager
-async def background(work: Callable[[], Awaitable[None]], *, name: str) -> contextlib.AsyncIterator[None]:  # type: ignore[name-defined]
+async def background(work: Callable[[], Awaitable[None]], *, name: str) -> AsyncIterator[None]:
     """Runs `work` beside the body; a crash is logged and the work begun again after a second."""
 
     async def supervise() -> None:

@@ -63,9 +63,9 @@ async def serve(settings: Settings) -> None:
     server = build_server(
         settings=settings, services=served, health_board=board,
         interceptor=CallInterceptor(
-            authenticator=authenticator_of(settings.auth, settings.auth_tokens_file, clock=clock), validator=validator, metrics=RpcMetrics(), clock=clock,
-            scopes=all_scopes(served, reflection_open=settings.reflection_open), ids=ids,
-            log_successes=settings.access_log == "all",
+            authenticator=authenticator_of(settings.auth, settings.auth_tokens_file, clock=clock),
+            scopes=all_scopes(served, reflection_open=settings.reflection_open), validator=validator,
+            metrics=RpcMetrics(), clock=clock, ids=ids, log_successes=settings.access_log == "all",
         ),
     )
     async with AsyncExitStack() as stack:

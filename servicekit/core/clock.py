@@ -28,7 +28,7 @@ class SystemClock:
 class ManualClock:
     """A clock that moves only when it is told to."""
 
-    def __init__(self, start: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> None:  # noqa: B008 - immutable
+    def __init__(self, start: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> None:
         self._now = start
         self._monotonic = 0.0
 

@@ -26,8 +26,8 @@ async def ensure_topics(bootstrap_servers: str, topics: Sequence[str], *, partit
             known = (await asyncio.to_thread(admin.list_topics, timeout=2.0)).topics
             missing = [name for name in topics if name not in known]
             if missing:
-                futures = admin.create_topics([NewTopic(name, partitions, -1) for name in missing])
-                await asyncio.to_thread(lambda: [future.exception(timeout=10) for future in futures.values()])
+                for future in admin.create_topics([NewTopic(name, partitions, -1) for name in missing]).values():
+                    await asyncio.to_thread(future.exception, 10)
                 backoff.next_seconds()
                 continue
             return

@@ -2,7 +2,9 @@
 
 The tokens file is JSON and holds no token, only hashes; it is read again when it changes:
 
-    {"tokens": [{"name": "chat-backend", "sha256": "<hex>", "scopes": ["llm.call"], "expires_at": "2027-01-01T00:00:00Z"}]}
+    {"tokens": [
+        {"name": "chat-backend", "sha256": "<hex>", "scopes": ["llm.call"], "expires_at": "2027-01-01T00:00:00Z"}
+    ]}
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ log = EventLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 MOST_REQUEST_ID_LENGTH = 128
+QUIET_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+"""Probed every few seconds; their successes would drown everything else in the access log."""
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any
 """grpc.RpcMethodHandler: its stubs describe synchronous handlers only."""
@@ -100,7 +102,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics.running.dec()
         self._metrics.handled.labels(call.method, code.name).inc()
         self._metrics.seconds.labels(call.method).observe(seconds)
-        if self._log_successes or code is not grpc.StatusCode.OK:
+        succeeded = code is grpc.StatusCode.OK
+        if not succeeded or (self._log_successes and call.method not in QUIET_METHODS):
             log.info(
                 "rpc", method=call.method, code=code.name, reason=reason, milliseconds=round(seconds * 1000, 2),
                 request_id=call.request_id, principal=call.principal.name,

@@ -109,10 +109,11 @@ class _PostgresUnit:
             holds_found = await run(HOLDS_BY_ID, _columns(holds, 2), binary=True) if holds else None
             requests_found = await run(HOLDS_BY_REQUEST, _columns(requests, 2), binary=True) if requests else None
         rows = {row[:2]: row for cursor in (holds_found, requests_found) if cursor for row in await cursor.fetchall()}
+        entry_rows = await entries_found.fetchall() if entries_found else []
         return Loaded(
             accounts=[row_mapping.account_from_row(row) for row in await accounts.fetchall()],
             holds=[row_mapping.hold_from_row(row) for row in rows.values()],
-            entries=[row_mapping.entry_from_row(row) for row in await entries_found.fetchall()] if entries_found else [],
+            entries=[row_mapping.entry_from_row(row) for row in entry_rows],
         )
 
     async def save(self, book: Book, moves: Sequence[OffsetMove]) -> None:

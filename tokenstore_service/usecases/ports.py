@@ -115,8 +115,8 @@ class PriceRules(Protocol):
     async def version(self, rule_id: str, version: int) -> PriceRule | None: ...
 
     async def newest_of_all(
-        self, *, scene: str, provider: str, model: str, status: PriceRuleStatus | None, after: tuple[datetime, str] | None,
-        limit: int,
+        self, *, scene: str, provider: str, model: str, status: PriceRuleStatus | None,
+        after: tuple[datetime, str] | None, limit: int,
     ) -> list[tuple[datetime, PriceRule]]:
         """Newest versions by the time their first version was made."""
         ...

@@ -22,7 +22,8 @@ Direction = transaction_pb2.TransactionDirection
 
 
 def flags_to_proto(flags: EntryFlag) -> list[transaction_pb2.TransactionFlag.ValueType]:
-    return [transaction_pb2.TransactionFlag.ValueType(flag.value.bit_length() - 1) for flag in EntryFlag if flag in flags]
+    numbers = [flag.value.bit_length() - 1 for flag in EntryFlag if flag in flags]
+    return [transaction_pb2.TransactionFlag.ValueType(number) for number in numbers]
 
 
 def transaction_to_proto(entry: Entry) -> transaction_pb2.Transaction:

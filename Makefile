@@ -1,0 +1,59 @@
+# creditmesh. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+N ?= 200
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "creditmesh: Python >= 3.11 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=python3.11 or newer"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "creditmesh: this Python can not make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
+	@echo "creditmesh: installing the locked packages into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps -r requirements.lock || { echo "creditmesh: the packages could not be installed; the lines above say why (no network, a full disk, or no wheel for this platform)"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(STAMP) ## install everything into .venv from the lock file
+
+run: setup ## run the mesh in the foreground, embedded parts only
+	@$(BIN)/python -m deploy.local.mesh
+
+run-kafka: setup ## the same with a real Kafka broker between the services
+	@$(BIN)/python -m deploy.local.mesh --kafka
+
+test: setup ## run every test, with real PostgreSQL and real Kafka
+	@$(BIN)/python -m pytest
+
+test-fast: setup ## run the tests that start no process
+	@$(BIN)/python -m pytest tests/unit tests/tidy
+
+torture: setup ## kill services at random under load, N calls (make torture N=2000)
+	@$(BIN)/python -m tests.fault.torture --calls $(N)
+
+check: setup ## lint, types, imports, contracts, generated code
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/python -m deploy.contracts
+
+fmt: setup ## sort imports and mend what ruff can
+	@$(BIN)/ruff check --fix .
+
+gen: setup ## regenerate gen/ from protos/
+	@$(BIN)/python protos/generate.py
+
+bench: setup ## measure, and write benchmarks/RESULTS.md
+	@$(BIN)/python -m benchmarks
+
+lock: ## resolve requirements.lock again
+	@$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --universal --python-version 3.11 --group dev --group local pyproject.toml -o requirements.lock --custom-compile-command "make lock"
+
+clean: ## remove the virtual environment, caches and the data of `make run`
+	@rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup run run-kafka test test-fast torture check fmt gen bench lock clean
