@@ -332,8 +332,8 @@ class CallRunner:
         if not whole:
             left = min(left, timeouts.idle if call.first_token_seconds is not None else timeouts.first_token)
         if request.deadline_seconds is not None:
-            remaining = request.deadline_seconds - self._clock.monotonic()
-            left = min(left, remaining - min(DEADLINE_MARGIN_SECONDS, remaining / 10))
+            margin = min(DEADLINE_MARGIN_SECONDS, (request.deadline_seconds - call.started_seconds) / 10)
+            left = min(left, request.deadline_seconds - margin - self._clock.monotonic())
         return now + max(0.0, left)
 
     def _end_of_timeout(self, call: RunningCall, request: CallRequest) -> tuple[End, UpstreamFailure | None]:

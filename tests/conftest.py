@@ -1,0 +1,92 @@
+"""Markers by folder, and one PostgreSQL for the whole run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local.kafka import Kafka
+from deploy.local.postgres import Postgres
+from tests.support.databases import Databases
+from tests.support.mesh import Mesh
+from tests.support.ports import free_port
+from tests.support.upstream import Upstream
+
+FOLDERS = ("unit", "contract", "integration", "e2e", "fault", "tidy")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A short path that PostgreSQL's own user may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="creditmesh-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(scratch: Path) -> Iterator[Postgres]:
+    server = Postgres(scratch / "postgres", settings={"max_connections": "400"})
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def databases(postgres: Postgres) -> Databases:
+    """Fresh, migrated databases out of a template."""
+    return Databases(postgres)
+
+
+@pytest.fixture(scope="session")
+def kafka(scratch: Path) -> Iterator[Kafka]:
+    """A real Apache Kafka broker for the whole run."""
+    broker = Kafka(scratch / "kafka", port=free_port())
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[Upstream]:
+    """A model server that behaves as the model's name says."""
+    server = Upstream()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def new_mesh(databases: Databases, scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Mesh]]:
+    """Makes meshes of real processes, each on databases of its own; stopped at the end of the test."""
+    meshes: list[Mesh] = []
+
+    def make(**settings: str) -> Mesh:
+        mesh = Mesh(databases, scratch / "logs", name=request.node.name, settings=settings)
+        meshes.append(mesh)
+        return mesh
+
+    yield make
+    for mesh in meshes:
+        mesh.stop()
+
+
+@pytest.fixture(scope="module")
+def mesh(databases: Databases, scratch: Path, upstream: Upstream, request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    """One running mesh for the tests of a module, its models registered."""
+    made = Mesh(databases, scratch / "logs", name=request.module.__name__, settings={})
+    made.start()
+    yield made
+    made.stop()

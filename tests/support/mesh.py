@@ -1,0 +1,269 @@
+"""A mesh of real processes, started with `python -m`, talked to over gRPC, killed at will."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+from creditmesh.llm.v1 import llm_service_pb2, llm_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
+from creditmesh.tokenstore.v1 import (
+    balance_service_pb2,
+    balance_service_pb2_grpc,
+    charge_service_pb2_grpc,
+    hold_service_pb2,
+    hold_service_pb2_grpc,
+    ledger_service_pb2,
+    ledger_service_pb2_grpc,
+    pricing_service_pb2_grpc,
+)
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.databases import Databases
+from tests.support.ports import free_port
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+READY_SECONDS = 30.0
+REST_SECONDS = 60.0
+
+
+class ServiceProcess:
+    """One service as a process."""
+
+    def __init__(self, service: str, environ: dict[str, str], log: Path) -> None:
+        self.service = service
+        self.environ = environ
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **more: str) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_", "TOKENSTORE_"))}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{self.service}_service"], cwd=ROOT, env={**clean, **self.environ, **more},
+                stdout=log, stderr=log,
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait(self, seconds: float = 30.0) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        if not self.is_alive():
+            return 0 if self._process is None else self.wait()
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class Mesh:
+    """TokenStore and llm_service on databases of their own. `settings` are environment variables on top."""
+
+    def __init__(self, databases: Databases, logs: Path, *, name: str, settings: dict[str, str]) -> None:
+        logs.mkdir(exist_ok=True)
+        safe = "".join(letter if letter.isalnum() else "_" for letter in name)[:60]
+        stamp = f"{safe}-{time.monotonic_ns()}"
+        self.tokenstore_address = f"127.0.0.1:{free_port()}"
+        self.llm_address = f"127.0.0.1:{free_port()}"
+        self.tokenstore_url = databases.make("tokenstore")
+        self.llm_url = databases.make("llm")
+        common = {
+            "LLM_AUTH": "none", "TOKENSTORE_AUTH": "none", "LLM_METRICS_LISTEN": "", "TOKENSTORE_METRICS_LISTEN": "",
+            "LLM_LISTEN": self.llm_address, "TOKENSTORE_LISTEN": self.tokenstore_address,
+            "LLM_DATABASE_URL": self.llm_url, "TOKENSTORE_DATABASE_URL": self.tokenstore_url,
+            "LLM_TOKENSTORE_TARGET": self.tokenstore_address, "LLM_LOCAL_TOKENS_PER_SECOND": "0",
+            "LLM_SECRET_KEY": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", "LLM_HOLD_TTL_SECONDS": "5",
+            "LLM_DRAIN_SECONDS": "5", "TOKENSTORE_DRAIN_SECONDS": "5", **settings,
+        }
+        self.tokenstore = ServiceProcess("tokenstore", common, logs / f"{stamp}-tokenstore.log")
+        self.llm = ServiceProcess("llm", common, logs / f"{stamp}-llm.log")
+        self._channels: list[grpc.Channel] = []
+        self._stubs: dict[str, Any] = {}
+
+    # Life
+
+    def start(self) -> None:
+        self.tokenstore.start()
+        self.llm.start()
+        self.wait_until_serving()
+
+    def wait_until_serving(self) -> None:
+        self._wait_for(self.tokenstore, self.tokenstore_address)
+        self._wait_for(self.llm, self.llm_address)
+
+    def stop(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        for process in (self.llm, self.tokenstore):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.stop()
+            if process.is_alive():
+                process.kill()
+
+    def _wait_for(self, process: ServiceProcess, address: str) -> None:
+        give_up_at = time.monotonic() + READY_SECONDS
+        while time.monotonic() < give_up_at:
+            assert process.is_alive(), f"{process.service} died: {process.text()[-2000:]}"
+            with contextlib.suppress(grpc.RpcError), grpc.insecure_channel(address) as channel:
+                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{process.service} is not serving: {process.text()[-2000:]}")
+
+    # Stubs: synchronous ones; the stubs' types describe asyncio, so they are Any here
+
+    def _stub(self, kind: Any, address: str) -> Any:
+        key = f"{kind.__name__}@{address}"
+        if key not in self._stubs:
+            channel = grpc.insecure_channel(address, options=[
+                ("grpc.max_reconnect_backoff_ms", 200), ("grpc.initial_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 50), ("grpc.use_local_subchannel_pool", 1),
+            ])
+            self._channels.append(channel)
+            self._stubs[key] = kind(channel)
+        return self._stubs[key]
+
+    @property
+    def calls(self) -> Any:
+        return self._stub(llm_service_pb2_grpc.LLMServiceStub, self.llm_address)
+
+    @property
+    def models(self) -> Any:
+        return self._stub(model_service_pb2_grpc.ModelServiceStub, self.llm_address)
+
+    @property
+    def ledger(self) -> Any:
+        return self._stub(ledger_service_pb2_grpc.LedgerServiceStub, self.tokenstore_address)
+
+    @property
+    def balances(self) -> Any:
+        return self._stub(balance_service_pb2_grpc.BalanceServiceStub, self.tokenstore_address)
+
+    @property
+    def holds(self) -> Any:
+        return self._stub(hold_service_pb2_grpc.HoldServiceStub, self.tokenstore_address)
+
+    @property
+    def charges(self) -> Any:
+        return self._stub(charge_service_pb2_grpc.ChargeServiceStub, self.tokenstore_address)
+
+    @property
+    def prices(self) -> Any:
+        return self._stub(pricing_service_pb2_grpc.PricingServiceStub, self.tokenstore_address)
+
+    # What tests do all the time
+
+    def register(self, alias: str, base_url: str, behaviour: str, **fields: Any) -> str:
+        model = model_service_pb2.Model(
+            alias=alias, provider=model_service_pb2.PROVIDER_OPENAI_CHAT, base_url=base_url, upstream_model=behaviour,
+            active=True, **fields,
+        )
+        answer = self.models.RegisterModel(model_service_pb2.RegisterModelRequest(model=model), timeout=10)
+        return str(answer.model.model_id)
+
+    def credit(self, user: str, micros: int, *, key: str = "welcome") -> None:
+        self.ledger.AdjustBalance(ledger_service_pb2.AdjustBalanceRequest(
+            user_id=user, amount_micros=micros, reason="test", idempotency_key=key
+        ), timeout=10)
+
+    def balance(self, user: str) -> balance_service_pb2.Balance:
+        answer = self.balances.GetBalance(balance_service_pb2.GetBalanceRequest(user_id=user), timeout=10)
+        return answer.balance  # type: ignore[no-any-return]
+
+    def transactions(self, user: str, **fields: Any) -> list[Any]:
+        request = ledger_service_pb2.ListTransactionsRequest(user_id=user, page_size=500, **fields)
+        entries: list[Any] = []
+        while True:
+            answer = self.ledger.ListTransactions(request, timeout=10)
+            entries += answer.transactions
+            if not answer.next_page_token:
+                return entries
+            request.page_token = answer.next_page_token
+
+    def findings(self, user: str = "") -> list[Any]:
+        request = ledger_service_pb2.VerifyLedgerRequest(user_id=user, all=not user)
+        return [each.finding for each in self.ledger.VerifyLedger(request, timeout=60) if each.HasField("finding")]
+
+    def open_holds(self) -> int:
+        return int(self._number(self.tokenstore_url, "SELECT count(*) FROM tokenstore.hold WHERE state = 1"))
+
+    def outbox_size(self) -> int:
+        return int(self._number(self.llm_url, "SELECT count(*) FROM llm.outbox_message"))
+
+    def running_calls(self) -> int:
+        return int(self._number(self.llm_url, "SELECT count(*) FROM llm.call WHERE state = 1"))
+
+    def wait_for_rest(self, seconds: float = REST_SECONDS) -> None:
+        """Until no call runs, the outbox is empty and no hold is open."""
+        give_up_at = time.monotonic() + seconds
+        left = {}
+        while time.monotonic() < give_up_at:
+            left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls()}
+            if not any(left.values()):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"not at rest after {seconds} s: {left}")
+
+    def rows(self, url: str, statement: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(statement.encode(), arguments).fetchall()
+
+    def execute(self, url: str, statement: str, arguments: Sequence[Any] = ()) -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(statement.encode(), arguments)
+
+    def _number(self, url: str, statement: str) -> Any:
+        return self.rows(url, statement)[0][0]
+
+
+def call_request(kind: Any, user: str, text: str = "hi", **fields: Any) -> Any:
+    """A GenerateRequest or StreamRequest for `user`; `request_id` goes to the billing context."""
+    billing = {"user_id": user, "scene": "chat", "request_id": fields.pop("request_id", "")}
+    billing.update(fields.pop("billing", {}))
+    messages = fields.pop("messages", [{"role": "ROLE_USER", "content": [{"text": text}]}])
+    return kind(billing=billing, messages=messages, **fields)
+
+
+def generate_request(user: str, text: str = "hi", **fields: Any) -> llm_service_pb2.GenerateRequest:
+    return call_request(llm_service_pb2.GenerateRequest, user, text, **fields)  # type: ignore[no-any-return]
+
+
+def stream_request(user: str, text: str = "hi", **fields: Any) -> llm_service_pb2.StreamRequest:
+    return call_request(llm_service_pb2.StreamRequest, user, text, **fields)  # type: ignore[no-any-return]
+
+
+def hold_request(user: str, call_id: str, **fields: Any) -> hold_service_pb2.HoldRequest:
+    values = {
+        "call_id": call_id, "user_id": user, "scene": "chat", "provider": "LOCAL", "model": "pro", "input_tokens": 10,
+        "max_output_tokens": 100, "min_output_tokens": 1, **fields,
+    }
+    return hold_service_pb2.HoldRequest(**values)
