@@ -55,14 +55,15 @@ WRITER_CONNECTIONS = 3
 FLUSH_SECONDS = 5.0
 
 
-def event_of(record: CallRecord) -> tuple[str, str, bytes]:
-    return CHARGE_REQUESTED, CHARGES_TOPIC, charge_requested_to_bytes(record)
-
-
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM. Raises OSError when the port is taken."""
     stop = stop_signal()
     clock, ids, faults = SystemClock(), RandomIdSource(), faults_from(settings.fault)
+    charges_topic = settings.kafka_topic_prefix + CHARGES_TOPIC
+
+    def event_of(record: CallRecord) -> tuple[str, str, bytes]:
+        return CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record)
+
     hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
     log.info("starting", **redacted(settings))
     if settings.redis_url:
@@ -91,7 +92,7 @@ async def serve(settings: Settings) -> None:
         stack.push_async_callback(openai_chat.close)
         publisher: Publisher = DirectChargeDelivery(channel, token)
         if settings.kafka_bootstrap_servers:
-            await ensure_topics(settings.kafka_bootstrap_servers, [CHARGES_TOPIC])
+            await ensure_topics(settings.kafka_bootstrap_servers, [charges_topic])
             producer = KafkaProducer(settings.kafka_bootstrap_servers, client_id=NAME)
             stack.callback(producer.close)
             publisher = KafkaPublisher(producer, source=f"/creditmesh/{NAME}")
@@ -102,6 +103,7 @@ async def serve(settings: Settings) -> None:
         journal = PostgresCallJournal(
             writing, database, event_of=event_of, answer_to_bytes=answer_to_bytes,
             answer_from_bytes=answer_from_bytes, wake_relay=relay.wake,
+            lease=timedelta(seconds=settings.call_lease_seconds),
         )
         runner = CallRunner(
             models=directory, ledger=ledger, journal=journal, tokens=tokens, running=running, clock=clock, ids=ids,

@@ -27,6 +27,8 @@ class Settings(ServerSettings):
     redis_url: str = ""
     secret_key: SecretStr | None = None
     secret_key_file: Path | None = None
+    kafka_topic_prefix: str = ""
+    call_lease_seconds: float = Field(default=10.0, ge=2, le=3600)
     hold_ttl_seconds: int = Field(default=60, ge=2, le=3600)
     answers_kept_seconds: int = Field(default=86_400, ge=0, le=31_536_000)
     most_running_calls: int = Field(default=20_000, ge=1, le=1_000_000)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Starting PostgreSQL as another user forks; gRPC's own fork handlers crash the child.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 from deploy.local.kafka import Kafka
 from deploy.local.postgres import Postgres

@@ -81,15 +81,20 @@ async def serve(settings: Settings) -> None:
         if settings.kafka_bootstrap_servers:
             producer = KafkaProducer(settings.kafka_bootstrap_servers, client_id=NAME)
             stack.callback(producer.close)
-            charges = ChargeConsumer(writer, producer, validator=validator, clock=clock, metrics=ConsumerMetrics())
+            topic = settings.kafka_topic_prefix + CHARGES_TOPIC
+            dead_letters = settings.kafka_topic_prefix + DEAD_LETTERS_TOPIC
+            charges = ChargeConsumer(
+                writer, producer, dead_letters_topic=dead_letters, validator=validator, clock=clock,
+                metrics=ConsumerMetrics(),
+            )
             consumer = charge_consumer = KafkaConsumer(
                 bootstrap_servers=settings.kafka_bootstrap_servers, group=settings.kafka_group,
-                topics=[CHARGES_TOPIC], client_id=NAME, protocol=settings.kafka_group_protocol, handle=charges.handle,
+                topics=[topic], client_id=NAME, protocol=settings.kafka_group_protocol, handle=charges.handle,
                 load_offsets=lambda partitions: load_offsets(database, partitions),
             )
 
             async def consume() -> None:
-                await ensure_topics(settings.kafka_bootstrap_servers, [CHARGES_TOPIC, DEAD_LETTERS_TOPIC])
+                await ensure_topics(settings.kafka_bootstrap_servers, [topic, dead_letters])
                 await charge_consumer.run()
 
             await stack.enter_async_context(background(consume, name="charge-consumer"))

@@ -18,6 +18,7 @@ class Settings(ServerSettings):
     kafka_bootstrap_servers: str = ""
     kafka_group: str = "creditmesh-tokenstore"
     kafka_group_protocol: Literal["auto", "consumer", "classic"] = "auto"
+    kafka_topic_prefix: str = ""
     redis_url: str = ""
 
 

@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import IO, NoReturn
 
+# Starting PostgreSQL as another user forks; gRPC's own fork handlers crash the child.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 

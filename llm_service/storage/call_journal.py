@@ -27,8 +27,6 @@ from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
 
-LEASE = timedelta(seconds=10)
-"""A running call whose heartbeat is older than this is taken for dead."""
 SETTLE_SECONDS = 60.0
 """How long a settlement is tried again while the database is away; afterwards the call's hold expires, and the sweeper
 writes an unknown outcome."""
@@ -141,12 +139,12 @@ PRUNE_ANSWERS = "DELETE FROM call_answer WHERE stored_at < %s"
 
 class PostgresCallJournal:
     """Implements CallJournal. `event_of` makes a settled call's (event type, topic, payload); `wake_relay` is told of
-    every commit that added one."""
+    every commit that added one; a running call whose heartbeat is older than `lease` is taken for dead."""
 
     def __init__(
         self, writing: Database, reading: Database, *, event_of: Callable[[CallRecord], tuple[str, str, bytes]],
         answer_to_bytes: Callable[[Message], bytes], answer_from_bytes: Callable[[bytes], Message],
-        wake_relay: Callable[[], None],
+        wake_relay: Callable[[], None], lease: timedelta,
     ) -> None:
         self._writing = writing
         self._reading = reading
@@ -154,6 +152,7 @@ class PostgresCallJournal:
         self._answer_to_bytes = answer_to_bytes
         self._answer_from_bytes = answer_from_bytes
         self._wake_relay = wake_relay
+        self._lease = lease
         self._settling: MicroBatcher[Settlement, CallRecord] = MicroBatcher(
             self._settle_batch, name="settlements", most_items=MOST_SETTLEMENTS, linger_seconds=LINGER_SECONDS
         )
@@ -215,7 +214,7 @@ class PostgresCallJournal:
     async def beat(self, running: Sequence[Heartbeat]) -> set[UUID]:
         calls = orjson.dumps([call_to_row(each.record) for each in running]).decode()
         async with self._writing.connection() as connection:
-            cursor = await connection.execute(BEAT, {"calls": calls, "lease": LEASE})
+            cursor = await connection.execute(BEAT, {"calls": calls, "lease": self._lease})
             return {call_id for call_id, cancel_asked in await cursor.fetchall() if cancel_asked}
 
     async def find(self, call_id: UUID, user_id: str) -> CallRecord | None:
@@ -246,7 +245,7 @@ class PostgresCallJournal:
             await connection.execute(ASK_TO_CANCEL, (user_id, call_id))
 
     async def claim_abandoned(self, *, limit: int) -> list[CallRecord]:
-        return await self._calls(CLAIM, {"lease": LEASE, "limit": limit}, with_attempts=False)
+        return await self._calls(CLAIM, {"lease": self._lease, "limit": limit}, with_attempts=False)
 
     async def add_unknown_outcomes(self, holds: Sequence[ExpiredHold]) -> int:
         calls = orjson.dumps([call_to_row(unknown_outcome_of(hold)) for hold in holds]).decode()

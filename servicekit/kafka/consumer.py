@@ -8,6 +8,7 @@ offset is another: then this consumer is a zombie, or lost an answer, and starts
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ log = EventLogger(__name__)
 
 Partition = tuple[str, int]
 POLL_SECONDS = 0.1
+LEAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class KafkaConsumer:
         self._most_records = most_records
         self._protocol = protocol
         self._stopping = threading.Event()
+        self._stop_asked = asyncio.Event()
         self._ended = asyncio.Event()
         self._next: dict[Partition, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -79,18 +82,28 @@ class KafkaConsumer:
         finished = self._loop.create_future()
         thread = threading.Thread(target=self._run_thread, args=(finished,), name="kafka-consumer", daemon=True)
         thread.start()
+        stop_asked = asyncio.create_task(self._stop_asked.wait())
         try:
-            await asyncio.shield(finished)
+            await asyncio.wait([finished, stop_asked], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            stop_asked.cancel()
             self._stopping.set()
-            await finished
+            await self._wait_for_thread(finished)
             self._ended.set()
 
     async def stop(self) -> None:
         """Finishes the batch at hand and leaves the group."""
         self._stopping.set()
+        self._stop_asked.set()
         if self._loop is not None:
             await self._ended.wait()
+
+    @staticmethod
+    async def _wait_for_thread(finished: asyncio.Future[None]) -> None:
+        """Leaving the group needs a broker; without one librdkafka would wait for a long time, and we do not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await asyncio.shield(finished)
 
     def _run_thread(self, finished: asyncio.Future[None]) -> None:
         assert self._loop is not None

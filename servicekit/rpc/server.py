@@ -22,6 +22,7 @@ CHANNELZ_METHODS = (
 )
 MOST_MESSAGE_BYTES = 32 * 1024 * 1024
 KEEPALIVE_MILLISECONDS = 30_000
+MOST_PENDING_CALLS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,10 @@ def build_server(
             ("grpc.so_reuseport", 1 if settings.workers > 1 else 0),
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MOST_MESSAGE_BYTES),
+            # gRPC would drop calls at random, as CANCELLED, once 1000 wait to be taken up; a burst waits instead.
+            ("grpc.server_max_pending_requests", MOST_PENDING_CALLS),
+            ("grpc.server_max_pending_requests_hard_limit", 2 * MOST_PENDING_CALLS),
+            ("grpc.server_max_unrequested_time_in_server", 120),
             ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),

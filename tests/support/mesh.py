@@ -100,7 +100,8 @@ class Mesh:
             "LLM_LISTEN": self.llm_address, "TOKENSTORE_LISTEN": self.tokenstore_address,
             "LLM_DATABASE_URL": self.llm_url, "TOKENSTORE_DATABASE_URL": self.tokenstore_url,
             "LLM_TOKENSTORE_TARGET": self.tokenstore_address, "LLM_LOCAL_TOKENS_PER_SECOND": "0",
-            "LLM_SECRET_KEY": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", "LLM_HOLD_TTL_SECONDS": "5",
+            "LLM_SECRET_KEY": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+            "LLM_HOLD_TTL_SECONDS": "5", "LLM_CALL_LEASE_SECONDS": "3",
             "LLM_DRAIN_SECONDS": "5", "TOKENSTORE_DRAIN_SECONDS": "5", **settings,
         }
         self.tokenstore = ServiceProcess("tokenstore", common, logs / f"{stamp}-tokenstore.log")
@@ -223,15 +224,24 @@ class Mesh:
         return int(self._number(self.llm_url, "SELECT count(*) FROM llm.call WHERE state = 1"))
 
     def wait_for_rest(self, seconds: float = REST_SECONDS) -> None:
-        """Until no call runs, the outbox is empty and no hold is open."""
+        """Until no call runs, the outbox is empty, no hold is open, and each expired hold of ours has its record."""
         give_up_at = time.monotonic() + seconds
         left = {}
         while time.monotonic() < give_up_at:
-            left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls()}
+            left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls(),
+                    "orphans": self.orphaned_holds()}
             if not any(left.values()):
                 return
             time.sleep(0.1)
         raise AssertionError(f"not at rest after {seconds} s: {left}")
+
+    def orphaned_holds(self) -> int:
+        """Expired holds of calls that llm_service has no record of yet."""
+        expired = self.rows(
+            self.tokenstore_url, "SELECT hold_id FROM tokenstore.hold WHERE state = 4 AND origin = 'llm_service'"
+        )
+        known = {row[0] for row in self.rows(self.llm_url, "SELECT call_id FROM llm.call")} if expired else set()
+        return sum(row[0] not in known for row in expired)
 
     def rows(self, url: str, statement: str, arguments: Sequence[Any] = ()) -> list[Any]:
         with psycopg.connect(url, autocommit=True) as connection:

@@ -13,7 +13,7 @@ from servicekit.telemetry.logs import EventLogger
 from servicekit.telemetry.metrics import ConsumerMetrics
 from tokenstore_service.domain.commands import RecordCharge
 from tokenstore_service.usecases.write_books import BookWriter
-from tokenstore_service.wire.charges import DEAD_LETTERS_TOPIC, UndecodableEvent, charge_from_record
+from tokenstore_service.wire.charges import UndecodableEvent, charge_from_record
 
 log = EventLogger(__name__)
 
@@ -24,11 +24,12 @@ class ChargeConsumer:
     """Applies batches of charge events; what is none goes to the dead letters, bytes and headers as they came."""
 
     def __init__(
-        self, writer: BookWriter, dead_letters: KafkaProducer, *, validator: RequestValidator, clock: Clock,
-        metrics: ConsumerMetrics,
+        self, writer: BookWriter, dead_letters: KafkaProducer, *, dead_letters_topic: str,
+        validator: RequestValidator, clock: Clock, metrics: ConsumerMetrics,
     ) -> None:
         self._writer = writer
         self._dead_letters = dead_letters
+        self._dead_letters_topic = dead_letters_topic
         self._validator = validator
         self._clock = clock
         self._metrics = metrics
@@ -56,7 +57,7 @@ class ChargeConsumer:
         """Before the offsets move: a crash in between buries a message twice, never loses it."""
         outcomes = await self._dead_letters.send([
             (
-                DEAD_LETTERS_TOPIC, record.key, record.value,
+                self._dead_letters_topic, record.key, record.value,
                 [
                     *record.headers,
                     ("dlq_topic", record.topic.encode()),
