@@ -77,8 +77,8 @@ def build_server(
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MOST_MESSAGE_BYTES),
             # gRPC would drop calls at random, as CANCELLED, once 1000 wait to be taken up; a burst waits instead.
-            ("grpc.server_max_pending_requests", MOST_PENDING_CALLS),
-            ("grpc.server_max_pending_requests_hard_limit", 2 * MOST_PENDING_CALLS),
+            ("grpc.server.max_pending_requests", MOST_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * MOST_PENDING_CALLS),
             ("grpc.server_max_unrequested_time_in_server", 120),
             ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
