@@ -38,6 +38,9 @@ FINISH_REASONS = {
 MOST_TOKENS = 1_000_000_000
 
 
+_WRONG_SHAPE = (AttributeError, IndexError, KeyError, TypeError)
+
+
 class MalformedAnswer(Exception):
     """The JSON is not what chat completions promise."""
 
@@ -162,8 +165,13 @@ def usage_from_json(told: Any) -> Usage | None:
 
 def add_event(chunk: UpstreamChunk, event: Any) -> None:
     """Adds one streamed event to a chunk. Raises UpstreamFailure for an error event, MalformedAnswer."""
-    if not isinstance(event, dict):
-        raise MalformedAnswer("an event is no object")
+    try:
+        _add_event(chunk, event)
+    except _WRONG_SHAPE as error:
+        raise MalformedAnswer("an event has another shape") from error
+
+
+def _add_event(chunk: UpstreamChunk, event: Any) -> None:
     if event.get("error") is not None:
         raise failure_from_error(event["error"], http_status=0)
     if model := event.get("model"):
@@ -171,8 +179,6 @@ def add_event(chunk: UpstreamChunk, event: Any) -> None:
     if (usage := usage_from_json(event.get("usage"))) is not None:
         chunk.usage = usage
     for choice in event.get("choices") or ():
-        if not isinstance(choice, dict):
-            raise MalformedAnswer("a choice is no object")
         if choice.get("index", 0) != 0:
             continue
         if told := choice.get("delta"):
@@ -182,8 +188,6 @@ def add_event(chunk: UpstreamChunk, event: Any) -> None:
 
 
 def _add_delta(chunk: UpstreamChunk, told: Any) -> None:
-    if not isinstance(told, dict):
-        raise MalformedAnswer("a delta is no object")
     text = told.get("content") or told.get("refusal") or ""
     reasoning = told.get("reasoning_content") or told.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(reasoning, str):
@@ -202,12 +206,10 @@ def _add_delta(chunk: UpstreamChunk, told: Any) -> None:
 
 
 def _tool_call_delta(told: Any, position: int) -> ToolCallDelta:
-    if not isinstance(told, dict):
-        raise MalformedAnswer("a tool call is no object")
     function = told.get("function") or {}
     index = told.get("index", position)
-    if not isinstance(function, dict) or type(index) is not int or not 0 <= index < 1024:
-        raise MalformedAnswer("a tool call has no function or no number")
+    if type(index) is not int or not 0 <= index < 1024:
+        raise MalformedAnswer("a tool call has no number")
     return ToolCallDelta(
         index=index, id=str(told.get("id") or "")[:128], name=str(function.get("name") or "")[:64],
         arguments=str(function.get("arguments") or ""),
@@ -216,12 +218,17 @@ def _tool_call_delta(told: Any, position: int) -> ToolCallDelta:
 
 def answer_from_json(document: Any) -> UpstreamAnswer:
     """A whole answer. Raises UpstreamFailure for an error object, MalformedAnswer."""
-    if not isinstance(document, dict):
-        raise MalformedAnswer("the answer is no object")
+    try:
+        return _answer_from_json(document)
+    except _WRONG_SHAPE as error:
+        raise MalformedAnswer("the answer has another shape") from error
+
+
+def _answer_from_json(document: Any) -> UpstreamAnswer:
     if document.get("error") is not None and not document.get("choices"):
         raise failure_from_error(document["error"], http_status=0)
     choices = document.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    if not choices:
         raise MalformedAnswer("the answer has no choice")
     told = choices[0].get("message") or {}
     chunk = UpstreamChunk()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_service.clients.openai_chat import _EventBuffer
@@ -97,13 +98,12 @@ def test_every_option_arrives_and_zero_is_not_absent() -> None:
     assert body_of(Prompt((), json_object=True))["response_format"] == {"type": "json_object"}
 
 
+@settings(max_examples=1000, deadline=None)
 @given(json_values)
 def test_no_answer_raises_anything_but_malformed_or_failure(document: Any) -> None:
     for read in (answer_from_json, lambda value: add_event(UpstreamChunk(), value)):
-        try:
+        with contextlib.suppress(MalformedAnswer, UpstreamFailure):
             read(document)
-        except (MalformedAnswer, UpstreamFailure, TypeError, AttributeError) as error:
-            assert isinstance(error, MalformedAnswer | UpstreamFailure), document
 
 
 @pytest.mark.parametrize("told", [

@@ -1,0 +1,122 @@
+"""What outside clients rely on: reasons, scopes, names, golden bytes."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import creditmesh
+import pytest
+from creditmesh.common.v1 import error_reason_pb2
+from creditmesh.events.v1 import charge_requested_pb2
+from google.protobuf.descriptor import ServiceDescriptor
+
+import llm_service.domain.errors
+import tokenstore_service.domain.errors
+from llm_service.domain.call import Billing, CallRecord, CallState
+from llm_service.transport import servicers as llm_servicers
+from llm_service.wire.events import charge_requested_to_bytes
+from metering.charge import Quote, Rates
+from metering.usage import Usage
+from servicekit.core.clock import SystemClock
+from servicekit.core.errors import DomainError
+from servicekit.rpc.auth import unknown_scopes
+from servicekit.rpc.status import CODE_OF_REASON
+from servicekit.rpc.validation import RequestValidator
+from tokenstore_service.transport import servicers as tokenstore_servicers
+from tokenstore_service.wire.charges import charge_from_record
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def all_errors(kind: type[DomainError] = DomainError) -> list[type[DomainError]]:
+    return [kind, *(error for child in kind.__subclasses__() for error in all_errors(child))]
+
+
+def declared_services() -> dict[str, ServiceDescriptor]:
+    found: dict[str, ServiceDescriptor] = {}
+    for module in pkgutil.walk_packages(creditmesh.__path__, "creditmesh."):
+        if module.name.endswith("_pb2"):
+            services = importlib.import_module(module.name).DESCRIPTOR.services_by_name
+            found.update({service.full_name: service for service in services.values()})
+    return found
+
+
+def served_scopes() -> dict[str, dict[str, str | None]]:
+    nothing: Any = None
+    served = [
+        *tokenstore_servicers.services(nothing), *llm_servicers.services(nothing, nothing, nothing),
+    ]
+    return {service.name: dict(service.scopes) for service in served}
+
+
+def test_reasons_of_the_contract_the_table_and_the_errors_are_the_same() -> None:
+    contract = {name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()} - {"UNSPECIFIED"}
+    assert contract == set(CODE_OF_REASON)
+    assert llm_service.domain.errors
+    assert tokenstore_service.domain.errors
+    raised = {error.reason for error in all_errors() if error.__module__.split(".")[0] != "tests"}
+    assert raised <= contract
+
+
+def test_every_declared_rpc_is_served_and_has_a_scope() -> None:
+    declared = {name: set(service.methods_by_name) for name, service in declared_services().items()}
+    assert declared == {name: set(scopes) for name, scopes in served_scopes().items()}
+    scopes = [scope for service in served_scopes().values() for scope in service.values()]
+    assert unknown_scopes(scopes) == set()
+    assert all(scopes), "no RPC of ours is open"
+
+
+@pytest.mark.parametrize(("service", "names"), [
+    ("llm.v1.LLMService", "Generate Stream GetCall ListCalls CancelCall CountTokens"),
+    ("llm.v1.ModelService",
+     "RegisterModel GetModel ListModels UpdateModel DeleteModel ActivateModel DeactivateModel"),
+    ("tokenstore.v1.BalanceService", "GetBalance BatchGetBalances"),
+    ("tokenstore.v1.HoldService", "OpenHolds ExtendHolds ReleaseHolds GetHold ListHolds"),
+    ("tokenstore.v1.ChargeService", "RecordCharges"),
+    ("tokenstore.v1.LedgerService", "ListTransactions GetTransaction AdjustBalance ExplainCharge VerifyLedger"),
+    ("tokenstore.v1.PricingService", "CreatePriceRule UpdatePriceRule ListPriceRules GetPriceRule Quote"),
+])
+def test_names_that_outside_clients_use(service: str, names: str) -> None:
+    assert set(names.split()) <= set(served_scopes()[f"creditmesh.{service}"])
+
+
+RECORD = CallRecord(
+    call_id=UUID("01900000-0000-7000-8000-000000000001"), billing=Billing("alice", "r1", "chat", "c1"), model="pro",
+    provider="LOCAL", price_provider="LOCAL", upstream_model="local", state=CallState.SETTLED, streamed=True,
+    hold_micros=1, max_output_tokens=1, quote=Quote("default", 1, Rates(input_pico=3, output_pico=5)),
+    usage=Usage(input_tokens=10, cached_input_tokens=2, output_tokens=20), created_at=NOW, ended_at=NOW,
+)
+GOLDEN_HEX = (
+    "0a2430313930303030302d303030302d373030302d383030302d30303030303030303030303112243031393030303030"
+    "2d303030302d373030302d383030302d3030303030303030303030311a05616c696365220272312a046368617432054c"
+    "4f43414c3a0370726f4208080a1002201440014a110a0764656661756c7410011a04080320055206088097f3d0066202"
+    "6331"
+)
+
+
+def test_the_charge_event_keeps_its_bytes() -> None:
+    """Field numbers and types of an event that may wait in an outbox across an upgrade."""
+    payload = charge_requested_to_bytes(RECORD)
+    expected = charge_requested_pb2.ChargeRequested(
+        event_id=str(RECORD.call_id), call_id=str(RECORD.call_id), user_id="alice", request_id="r1", scene="chat",
+        provider="LOCAL", model="pro", conversation_id="c1",
+        usage={"input_tokens": 10, "cached_input_tokens": 2, "output_tokens": 20, "source": 1},
+        quote={"price_rule_id": "default", "price_rule_version": 1, "rates": {"input_pico": 3, "output_pico": 5}},
+        occurred_at=NOW,
+    )
+    assert payload == expected.SerializeToString()
+    assert payload.hex() == GOLDEN_HEX
+
+
+def test_what_llm_service_sends_tokenstore_understands() -> None:
+    charge = charge_from_record(
+        charge_requested_to_bytes(RECORD), [("ce_type", b"credit.charge.requested")], validator=RequestValidator(),
+        now=SystemClock().now(),
+    )
+    assert (charge.event_id, charge.call_id) == (str(RECORD.call_id), RECORD.call_id)
+    assert (charge.usage, charge.quote, charge.occurred_at) == (RECORD.usage, RECORD.quote, NOW)
+    assert (charge.user_id, charge.request_id, charge.conversation_id) == ("alice", "r1", "c1")
