@@ -39,6 +39,11 @@ CODE_OF_REASON: dict[str, StatusCode] = {
     "INTERNAL": StatusCode.INTERNAL,
 }
 
+MOST_VIOLATIONS = 10
+MOST_FIELD = 100
+MOST_TEXT = 200
+"""A status travels in trailers, which clients bound at 8 KiB and more; what a caller sent may be quoted in it."""
+
 QUOTA_REASONS = frozenset({"INSUFFICIENT_CREDIT", "RATE_LIMITED"})
 
 
@@ -51,23 +56,25 @@ def _packed(message: object) -> any_pb2.Any:
 def status_of(error: DomainError, *, request_id: str) -> status_pb2.Status:
     """What the client is told: code, text, ErrorInfo always, and what else its reason calls for."""
     code = CODE_OF_REASON[error.reason]
-    metadata = {**error.metadata, "request_id": request_id}
+    metadata = {key: value[:MOST_TEXT] for key, value in {**error.metadata, "request_id": request_id}.items()}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
     if error.violations:
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[
-            error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-            for violation in error.violations
+            error_details_pb2.BadRequest.FieldViolation(
+                field=violation.field[:MOST_FIELD], description=violation.description[:MOST_TEXT]
+            )
+            for violation in error.violations[:MOST_VIOLATIONS]
         ])))
     if error.reason in QUOTA_REASONS:
         subject = f"user:{error.metadata['user_id']}" if "user_id" in error.metadata else DOMAIN
         details.append(_packed(error_details_pb2.QuotaFailure(violations=[
-            error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
+            error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message[:MOST_TEXT])
         ])))
     if error.retry_after_seconds is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=code_pb2.Code.Value(code.name), message=error.message, details=details)
+    return status_pb2.Status(code=code_pb2.Code.Value(code.name), message=error.message[:MOST_TEXT], details=details)
 
 
 def error_info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:

@@ -8,8 +8,7 @@ import protovalidate
 from google.protobuf.message import Message
 
 from servicekit.core.errors import FieldViolation, InvalidField
-
-MOST_VIOLATIONS = 50
+from servicekit.rpc.status import MOST_VIOLATIONS
 
 
 def _path_of(violation: Any) -> str:

@@ -137,8 +137,8 @@ CASES: list[tuple[Any, str]] = [
 ]
 
 
-def ask(mesh: Mesh, service: str, method: str, request: Message) -> Any:
-    answer = getattr(getattr(mesh, service), method)(request, timeout=10)
+def ask(mesh: Mesh, service: str, method: str, request: Message, *, timeout: float = 10.0) -> Any:
+    answer = getattr(getattr(mesh, service), method)(request, timeout=timeout)
     return list(answer) if hasattr(answer, "__next__") else answer
 
 
@@ -282,11 +282,14 @@ def test_random_messages_never_break_a_server(mesh: Mesh, method: MethodDescript
         "LLMService": "calls", "ModelService": "models", "HoldService": "holds", "ChargeService": "charges",
         "LedgerService": "ledger", "BalanceService": "balances", "PricingService": "prices",
     }[method.containing_service.name]
+    waits = method.name == "GetBalance"  # for an entry that may never come
     try:
-        ask(mesh, service, method.name, request)
+        ask(mesh, service, method.name, request, timeout=0.2 if waits else 10.0)
     except grpc.RpcError as error:
         code = error.code()  # type: ignore[attr-defined]  # it is a call too
         upstream_gone = code is grpc.StatusCode.UNAVAILABLE and reason_of(error) == "UPSTREAM_UNAVAILABLE"
+        if waits and code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return
         assert code in ALLOWED or upstream_gone, (code, error, request)
         assert reason_of(error)
         assert "Traceback" not in str(error)

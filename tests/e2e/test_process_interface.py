@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -340,7 +340,7 @@ def test_tokens_are_counted_without_a_call(mesh: Mesh) -> None:
 
 
 @pytest.fixture
-def cli(mesh: Mesh) -> Iterator[Callable[..., str]]:
+def cli(mesh: Mesh) -> Callable[..., str]:
     def run(program: str, *arguments: str, fails: bool = False) -> str:
         target = mesh.llm_address if program == "llm-service" else mesh.tokenstore_address
         done = subprocess.run(
@@ -349,7 +349,7 @@ def cli(mesh: Mesh) -> Iterator[Callable[..., str]]:
         assert (done.returncode != 0) == fails, done.stderr
         return done.stderr if fails else done.stdout
 
-    yield run
+    return run
 
 
 def test_the_command_lines_do_what_make_run_prints(cli: Callable[..., str], upstream: Upstream) -> None:

@@ -11,11 +11,11 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from prometheus_client import CollectorRegistry
 from sqlalchemy import create_engine
 
 import llm_service.storage.tables
 import tokenstore_service.storage.tables
-from prometheus_client import CollectorRegistry
 from servicekit.core.clock import SystemClock
 from servicekit.core.errors import DependencyUnavailable
 from servicekit.core.faults import NoFaults
