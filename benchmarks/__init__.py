@@ -1,1 +1,1 @@
-"""Measurements; see RESULTS.md."""
+"""Measurements; `make bench` runs them and writes RESULTS.md."""

@@ -1,7 +1,8 @@
 """The asyncio micro-batcher that every batched path uses.
 
 It adds no delay when idle: an item that finds the worker free is taken at once, and what queues while a batch runs
-becomes the next batch. Only a worker that was already busy lingers, at most `linger_seconds`, for a fuller batch.
+becomes the next batch. Only under load (several items in the batch and behind it) a worker lingers for
+`linger_seconds` before its next batch, so that it is a fuller one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from servicekit.core.errors import Overloaded
+
+ITEMS_UNDER_LOAD = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,8 +71,10 @@ class MicroBatcher(Generic[Item, Result]):
     async def _work(self) -> None:
         try:
             while self._queue:
-                await self._run_batch(self._take())
-                if self._linger_seconds and 0 < len(self._queue) < self._most_items:
+                batch = self._take()
+                await self._run_batch(batch)
+                under_load = len(batch) + len(self._queue) >= ITEMS_UNDER_LOAD
+                if self._linger_seconds and under_load and len(self._queue) < self._most_items:
                     await asyncio.sleep(self._linger_seconds)
         finally:
             self._idle_workers += 1

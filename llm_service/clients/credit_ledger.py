@@ -32,6 +32,7 @@ ORIGIN = "llm_service"
 HOLD_SECONDS = 5.0
 DELIVERY_SECONDS = 30.0
 MOST_HOLDS = 500
+LINGER_SECONDS = 0.002
 PAGE_SIZE = 500
 DEPENDENCY = "TokenStore"
 
@@ -45,7 +46,7 @@ class GrpcCreditLedger:
         self._ttl = Duration()
         self._ttl.FromTimedelta(hold_ttl)
         self._opening: MicroBatcher[HoldAsked, HoldGranted | HoldRefused] = MicroBatcher(
-            self._open_holds, name="open-holds", most_items=MOST_HOLDS, workers=2
+            self._open_holds, name="open-holds", most_items=MOST_HOLDS, linger_seconds=LINGER_SECONDS
         )
         self._releasing: MicroBatcher[tuple[str, UUID], None] = MicroBatcher(
             self._release_holds, name="release-holds", most_items=MOST_HOLDS

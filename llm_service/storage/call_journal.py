@@ -31,7 +31,7 @@ SETTLE_SECONDS = 60.0
 """How long a settlement is tried again while the database is away; afterwards the call's hold expires, and the sweeper
 writes an unknown outcome."""
 MOST_SETTLEMENTS = 200
-LINGER_SECONDS = 0.001
+LINGER_SECONDS = 0.004
 
 _TYPES = {
     "SMALLINT": "smallint", "INTEGER": "integer", "BIGINT": "bigint", "BOOLEAN": "boolean", "TEXT": "text",

@@ -26,7 +26,7 @@ TRANSIENT = (
 )
 """Errors after which the same transaction may be tried again: 40001, 40P01, 55P03, 57P*, 08*, and no connection."""
 
-BY_KEY_ONLY = "-c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+BY_KEY_ONLY = "-c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off -c random_page_cost=0.05"
 """For writers that touch rows by key alone. A statement that is prepared while its table is empty would otherwise keep
 a sequential scan as its generic plan for ever."""
 

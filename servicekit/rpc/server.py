@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from servicekit.rpc.auth import ANY_TOKEN, OPEN
-from servicekit.rpc.interceptor import CallInterceptor
+from servicekit.rpc.interceptor import CallInterceptor, GuardedServer
 from servicekit.settings import ServerSettings
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -27,11 +28,11 @@ MOST_PENDING_CALLS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service to serve: its full name, the scope of each RPC, and how it is added to a server."""
+    """A service to serve: its full name, the scope of each RPC, and how it is added to a guarded server."""
 
     name: str
     scopes: Mapping[str, str | None]
-    add: Callable[[grpc.aio.Server], None]
+    add: Callable[[Any], None]
 
 
 def kit_scopes(*, reflection_open: bool) -> dict[str, str | None]:
@@ -71,7 +72,6 @@ def build_server(
 ) -> grpc.aio.Server:
     """A server bound to settings.listen. Raises OSError when the port is taken."""
     server = grpc.aio.server(
-        interceptors=[interceptor],
         options=[
             ("grpc.so_reuseport", 1 if settings.workers > 1 else 0),
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
@@ -85,12 +85,13 @@ def build_server(
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
+    guarded = interceptor.guard(server)
     for service in services:
-        service.add(server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_board.servicer, server)
+        service.add(guarded)
+    health_pb2_grpc.add_HealthServicer_to_server(health_board.servicer, guarded)
     names = [service.name for service in services]
-    _add_reflection(server, [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, CHANNELZ])
-    channelz.add_channelz_servicer(server)
+    _add_reflection(guarded, [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, CHANNELZ])
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), guarded)
     try:
         credentials = _credentials(settings)
         if credentials is None:
@@ -102,7 +103,7 @@ def build_server(
     return server
 
 
-def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
+def _add_reflection(server: GuardedServer, names: Sequence[str]) -> None:
     """v1alpha by the library; v1 has the same messages under another service name."""
     servicer = reflection.aio.ReflectionServicer(names)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
@@ -111,9 +112,7 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
-    )
+    server.add_registered_method_handlers(REFLECTION_V1, {"ServerReflectionInfo": handler})
 
 
 def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:

@@ -21,7 +21,7 @@ from tokenstore_service.domain.commands import Answer, Command, RecordCharge
 from tokenstore_service.usecases.ports import BookStore, Prices, TransientFailure
 
 MOST_COMMANDS = 500
-LINGER_SECONDS = 0.001
+LINGER_SECONDS = 0.004
 MOST_TRIES = 6
 
 AnyAnswer = TypeVar("AnyAnswer")

@@ -76,14 +76,14 @@ async def served() -> AsyncIterator[tuple[grpc.aio.Channel, Handlers, CollectorR
         authenticator=NoAuthentication(), scopes={f"/test/{kind}": "llm.call" for kind in KINDS},
         validator=RequestValidator(), metrics=RpcMetrics(registry), clock=SystemClock(), ids=RandomIdSource(),
     )
-    server = grpc.aio.server(interceptors=[interceptor])
+    server = grpc.aio.server()
     coders: Any = {"request_deserializer": Request.FromString, "response_serializer": Response.SerializeToString}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {
+    interceptor.guard(server).add_registered_method_handlers("test", {
         "UnaryUnary": grpc.unary_unary_rpc_method_handler(handlers.unary_unary, **coders),  # type: ignore[arg-type]
         "UnaryStream": grpc.unary_stream_rpc_method_handler(handlers.unary_stream, **coders),  # type: ignore[arg-type]
         "StreamUnary": grpc.stream_unary_rpc_method_handler(handlers.stream_unary, **coders),  # type: ignore[arg-type]
         "StreamStream": grpc.stream_stream_rpc_method_handler(handlers.stream_stream, **coders),  # type: ignore[arg-type]
-    }),))
+    })
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -1,0 +1,324 @@
+"""Runs all measurements (or those named) on a fresh mesh and writes RESULTS.md.
+
+    python -m benchmarks [--only unary streams ...] [--runs 3] [--seconds 5] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+
+from benchmarks.charges import charges_by_kafka, charges_by_rpc
+from benchmarks.processes import Cpu, load, rss_megabytes, start
+from deploy.local.kafka import Kafka
+from deploy.local.postgres import Postgres
+from tests.support.databases import Databases
+from tests.support.mesh import Mesh
+from tests.support.ports import free_port
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+USERS = 200
+LATENCY = """
+SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY extract(epoch FROM booked - ended) * 1000)
+FROM unnest(%s::timestamptz[], %s::timestamptz[]) AS pair (booked, ended)
+"""
+
+
+class Bench:
+    """Everything that runs during the measurements."""
+
+    def __init__(self, folder: Path, *, runs: int, seconds: float) -> None:
+        self.runs = runs
+        self.seconds = seconds
+        self.folder = folder
+        self.postgres = Postgres(folder / "postgres", settings={"shared_buffers": "512MB"})
+        self.postgres.start()
+        self.databases = Databases(self.postgres)
+        self.upstream_port, self.echo_port = free_port(), free_port()
+        self.upstream = start("benchmarks.upstream", str(self.upstream_port))
+        self.echo = start("benchmarks.echo", str(self.echo_port))
+        self.echo_address = f"127.0.0.1:{self.echo_port}"
+        self.mesh = self.new_mesh("bench")
+        self.cold_start = self._start()
+        for name in ("unary", "chunks-200", "burst-200"):
+            self.mesh.register(name, f"http://127.0.0.1:{self.upstream_port}/v1", name)
+        for number in range(USERS):
+            self.mesh.credit(f"bench-{number}", 10**14)
+        with grpc.insecure_channel(self.echo_address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=20)
+
+    def new_mesh(self, name: str, **settings: str) -> Mesh:
+        quiet = {"LLM_ACCESS_LOG": "errors", "TOKENSTORE_ACCESS_LOG": "errors", "LLM_HOLD_TTL_SECONDS": "60"}
+        return Mesh(self.databases, self.folder / "logs", name=name, settings={**quiet, **settings})
+
+    def _start(self) -> float:
+        begun = time.monotonic()
+        self.mesh.start()
+        return time.monotonic() - begun
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {
+            "llm": self.mesh.llm.pid, "tokenstore": self.mesh.tokenstore.pid, "postgresql": self.postgres.pid,
+            "upstream": self.upstream.pid,
+        }
+
+    def median(self, kind: str, target: str, **options: Any) -> dict[str, Any]:
+        """Medians over the runs, with CPU milliseconds per call by process."""
+        figures = []
+        pids = {"echo": self.echo.pid} if target == self.echo_address else self.pids
+        for _ in range(self.runs):
+            before = Cpu(pids)
+            one = load(kind, target, seconds=self.seconds, **options)
+            warm_share = 1 + 1.0 / self.seconds  # the warm-up second is work too
+            one["cpu"] = before.milliseconds_per(int(one["calls"] * warm_share)) if one["calls"] else {}
+            figures.append(one)
+        result = {
+            name: statistics.median(each[name] for each in figures)
+            for name in figures[0] if name != "cpu" and figures[0][name] is not None
+        }
+        result["cpu"] = {name: statistics.median(each["cpu"][name] for each in figures) for name in figures[0]["cpu"]}
+        return result
+
+    def stop(self) -> None:
+        self.mesh.stop()
+        for process in (self.upstream, self.echo):
+            process.terminate()
+            process.wait()
+        self.postgres.stop()
+
+
+Table = list[tuple[str, str, str]]
+
+
+def cpu_text(cpu: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in cpu.items())
+
+
+def unary(bench: Bench) -> Table:
+    rows: Table = []
+    echo_one = bench.median("echo", bench.echo_address, concurrency=1)
+    one = bench.median("generate", bench.mesh.llm_address, concurrency=1)
+    rows.append((
+        "unary, one at a time", f"p50 {one['p50']} ms, p99 {one['p99']} ms",
+        f"{one['p50'] / echo_one['p50']:.1f} times the echo's p50 of {echo_one['p50']} ms (bar: 8)",
+    ))
+    peak = 0.0
+    for concurrency in (16, 64):
+        echo = bench.median("echo", bench.echo_address, concurrency=concurrency)
+        got = bench.median("generate", bench.mesh.llm_address, concurrency=concurrency)
+        ours = sum(got["cpu"][name] for name in ("llm", "tokenstore", "postgresql"))
+        peak = max(peak, got["rate"])
+        rows.append((
+            f"unary, concurrency {concurrency}",
+            f"{got['rate']:.0f} calls/s, p50 {got['p50']} ms, p99 {got['p99']} ms, errors {got['errors']:.0f}",
+            f"{got['rate'] / echo['rate']:.3f} of the echo's {echo['rate']:.0f}/s (bar: 0.35 at 64); CPU ms/call:"
+            f" {cpu_text(got['cpu'])}; ours {ours:.3f} = {ours / echo['cpu']['echo']:.1f} times the echo's"
+            f" {echo['cpu']['echo']:.3f} (bar: 4)",
+        ))
+    half = bench.median("generate", bench.mesh.llm_address, rate=peak / 2)
+    rows.append((
+        f"unary, open loop at half the peak ({peak / 2:.0f}/s)",
+        f"p50 {half['p50']} ms, p99 {half['p99']} ms, errors {half['errors']:.0f}", "bar: p99 <= 20 ms",
+    ))
+    rows.append(call_to_ledger(bench))
+    return rows
+
+
+def call_to_ledger(bench: Bench) -> tuple[str, str, str]:
+    """From the call's end in the journal to its entry in the ledger, for the calls of the last run."""
+    bench.mesh.wait_for_rest()
+    ended = dict(bench.mesh.rows(
+        bench.mesh.llm_url, "SELECT call_id, ended_at FROM llm.call WHERE state = 2 ORDER BY ended_at DESC LIMIT 3000"
+    ))
+    booked = bench.mesh.rows(
+        bench.mesh.tokenstore_url, "SELECT call_id, booked_at FROM tokenstore.ledger_entry WHERE call_id = ANY(%s)",
+        (list(ended),),
+    )
+    pairs = [(moment, ended[call_id]) for call_id, moment in booked]
+    (row,) = bench.mesh.rows(
+        bench.mesh.llm_url, LATENCY, ([booked for booked, _ in pairs], [ended for _, ended in pairs])
+    )
+    p50, p99 = row[0]
+    return (
+        "call end to ledger, at half the peak rate", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms",
+        f"{len(pairs)} calls; bar: p50 <= 50 ms, p99 <= 300 ms",
+    )
+
+
+def streams(bench: Bench) -> Table:
+    rows: Table = []
+    bare = bench.median("upstream", f"127.0.0.1:{bench.upstream_port}", concurrency=1, model="chunks-200")
+    one = bench.median("stream", bench.mesh.llm_address, concurrency=1, model="chunks-200")
+    rows.append((
+        "time to first token added, one at a time", f"{one['first_p50'] - bare['first_p50']:.2f} ms",
+        f"p50 {one['first_p50']} ms through the mesh, {bare['first_p50']} ms straight (bar: 3)",
+    ))
+    echo = bench.median("echo-stream", bench.echo_address, concurrency=16)
+    got = bench.median("stream", bench.mesh.llm_address, concurrency=16, model="chunks-200")
+    rows.append((
+        "streams of 200 chunks, concurrency 16",
+        f"{got['rate']:.0f} streams/s, {got['messages_per_second']:.0f} messages/s,"
+        f" {got['tokens_per_second']:.0f} tokens/s",
+        f"bare grpc.aio: {echo['messages_per_second']:.0f} messages/s (bar: 25 000); CPU ms/stream:"
+        f" {cpu_text(got['cpu'])}",
+    ))
+    burst = bench.median("stream", bench.mesh.llm_address, concurrency=16, model="burst-200")
+    rows.append((
+        "streams of 200 tokens in bursts, concurrency 16",
+        f"{burst['rate']:.0f} streams/s, {burst['tokens_per_second']:.0f} tokens/s",
+        f"bar: 100 000 tokens/s; CPU ms/stream: {cpu_text(burst['cpu'])}",
+    ))
+    half = bench.median("stream", bench.mesh.llm_address, rate=got["rate"] / 2, model="chunks-200")
+    rows.append((
+        f"time to first token, open loop at half the peak ({got['rate'] / 2:.0f} streams/s)",
+        f"p50 {half['first_p50']} ms, p99 {half['first_p99']} ms", "bar: p50 <= 10 ms added",
+    ))
+    return rows
+
+
+def reads(bench: Bench) -> Table:
+    rows: Table = []
+    balance = bench.median("balance", bench.mesh.tokenstore_address, concurrency=16)
+    echo = bench.median("echo", bench.echo_address, concurrency=16)
+    rows.append((
+        "GetBalance, concurrency 16", f"{balance['rate']:.0f}/s, p50 {balance['p50']} ms, p99 {balance['p99']} ms",
+        f"{balance['rate'] / echo['rate']:.2f} of the echo's {echo['rate']:.0f}/s (bar: 4 000/s, p99 <= 5 ms); CPU"
+        f" ms/call: {cpu_text(balance['cpu'])}",
+    ))
+    hold = bench.median("hold", bench.mesh.tokenstore_address, concurrency=64)
+    rows.append((
+        "OpenHolds one by one, 64 callers", f"{hold['rate']:.0f} holds/s, p50 {hold['p50']} ms, p99 {hold['p99']} ms",
+        f"CPU ms/call: {cpu_text(hold['cpu'])}",
+    ))
+    return rows
+
+
+def charges(bench: Bench) -> Table:
+    rows: Table = []
+    for users, name in ((1000, "1 000 accounts"), (1, "one hot account")):
+        for size in (1, 100, 500):
+            mesh = bench.new_mesh(f"charges-{users}-{size}")
+            mesh.start()
+            count = {1: 3_000, 100: 20_000, 500: 40_000}[size]
+            pids = {"tokenstore": mesh.tokenstore.pid, "postgresql": bench.postgres.pid}
+            cpu = Cpu(pids)
+            rates = [
+                asyncio.run(charges_by_rpc(mesh.tokenstore_address, users=users, batch_size=size, count=count))
+                for _ in range(bench.runs)
+            ]
+            rows.append((
+                f"charges by RecordCharges, batches of {size}, {name}", f"{statistics.median(rates):.0f} charges/s",
+                f"CPU ms/charge: {cpu_text(cpu.milliseconds_per(count * bench.runs))}",
+            ))
+            mesh.stop()
+    broker = Kafka(bench.folder / "kafka", port=free_port())
+    broker.start()
+    for users, name in ((1000, "1 000 accounts"), (1, "one hot account")):
+        rates = []
+        for run in range(bench.runs):
+            prefix = f"bench-{users}-{run}."
+            mesh = bench.new_mesh(
+                f"kafka-{users}", TOKENSTORE_KAFKA_BOOTSTRAP_SERVERS=broker.bootstrap_servers,
+                TOKENSTORE_KAFKA_TOPIC_PREFIX=prefix, TOKENSTORE_KAFKA_GROUP=prefix,
+            )
+            rates.append(charges_by_kafka(mesh, broker.bootstrap_servers, prefix=prefix, users=users, count=50_000))
+            mesh.stop()
+        rows.append((
+            f"charges from real Kafka to committed ledger, {name}", f"{statistics.median(rates):.0f} charges/s",
+            "50 000 events produced before, broker on the same cores (bar: 10 000)",
+        ))
+    broker.stop()
+    return rows
+
+
+def footprint(bench: Bench) -> Table:
+    cold = [bench.cold_start]
+    for _ in range(bench.runs - 1):
+        mesh = bench.new_mesh("cold")
+        begun = time.monotonic()
+        mesh.start()
+        cold.append(time.monotonic() - begun)
+        mesh.stop()
+    return [
+        ("RSS after the load above", f"llm_service {rss_megabytes(bench.mesh.llm.pid):.0f} MB, tokenstore_service"
+         f" {rss_megabytes(bench.mesh.tokenstore.pid):.0f} MB", "bar: 250 MB each"),
+        ("cold start of both to SERVING", f"{statistics.median(cold):.2f} s", "started together (bar: 3 s)"),
+    ]
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], Table]] = {
+    "unary": unary, "streams": streams, "reads": reads, "footprint": footprint, "charges": charges,
+}
+
+
+def conditions(bench: Bench) -> list[str]:
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), "unknown CPU",
+    )
+    with psycopg.connect(bench.postgres.url("postgres")) as connection:
+        version = connection.info.server_version
+    return [
+        f"- {os.cpu_count()} cores ({cpu}) shared by servers, database, upstream stand-in and load generator;"
+        f" {platform.system()} {platform.release()}, Python {platform.python_version()}, grpcio {grpc.__version__},"
+        f" PostgreSQL {version // 10000}.{version % 100} embedded, fsync on, over a Unix socket.",
+        f"- One worker process per service, one at a time, load generator in its own process, {bench.runs} runs of"
+        f" {bench.seconds:.0f} s each after 1 s of warm-up, medians. Hold, journal, outbox, ledger with hash chain and"
+        " direct delivery are on; every call has a request_id of its own. 200 users.",
+        "- Machines like this are shared and differ from day to day: compare ratios to the bare grpc.aio echo of the"
+        " same run, and CPU milliseconds per call.",
+    ]
+
+
+def write(tables: dict[str, Table], text: list[str]) -> str:
+    lines = ["# Results", "", "Written by `make bench`. Conditions:", "", *text]
+    for name, rows in tables.items():
+        lines += ["", f"## {name}", "", "| what | measured | beside |", "|---|---|---|"]
+        lines += [f"| {what} | {measured} | {beside} |" for what, measured, beside in rows]
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def running(runs: int, seconds: float) -> Iterator[Bench]:
+    folder = Path(tempfile.mkdtemp(prefix="creditmesh-bench-"))
+    folder.chmod(0o755)
+    bench = Bench(folder, runs=runs, seconds=seconds)
+    try:
+        yield bench
+    finally:
+        bench.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    with running(arguments.runs, arguments.seconds) as bench:
+        tables = {name: MEASUREMENTS[name](bench) for name in arguments.only}
+        text = write(tables, conditions(bench))
+    print(text)
+    if not arguments.no_write:
+        notes = RESULTS.read_text().partition("\n## Notes\n") if RESULTS.exists() else ("", "", "")
+        RESULTS.write_text(text + (notes[1] + notes[2] if notes[1] else ""))
+
+
+if __name__ == "__main__":
+    main()
