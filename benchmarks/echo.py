@@ -32,11 +32,11 @@ async def main(port: int) -> None:
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", {
         "Unary": grpc.unary_unary_rpc_method_handler(
-            echo, request_deserializer=messages.GenerateRequest.FromString,  # type: ignore[arg-type]  # asyncio
+            echo, request_deserializer=messages.GenerateRequest.FromString,
             response_serializer=messages.GenerateResponse.SerializeToString,
         ),
         "Stream": grpc.unary_stream_rpc_method_handler(
-            stream, request_deserializer=messages.StreamRequest.FromString,  # type: ignore[arg-type]  # asyncio
+            stream, request_deserializer=messages.StreamRequest.FromString,
             response_serializer=messages.StreamResponse.SerializeToString,
         ),
     }),))

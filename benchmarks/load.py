@@ -71,8 +71,7 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
 
     def generate_request(number: int) -> Any:
         return llm_service_pb2.GenerateRequest(
-            billing={  # type: ignore[arg-type]  # a dict does for a message
-                "user_id": user_of(number), "request_id": str(uuid4()), "scene": "chat"},
+            billing=billing_pb2.BillingContext(user_id=user_of(number), request_id=str(ids.new_id()), scene="chat"),
             model=model, messages=messages(), max_output_tokens=64,
         )
 
@@ -101,7 +100,8 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
         await read(calls.Stream(request, timeout=30), figures, begun)
 
     async def do_echo_stream(number: int, figures: Figures) -> None:
-        request = llm_service_pb2.StreamRequest(billing=billing_pb2.BillingContext(user_id=user_of(number)), messages=messages())
+        billing = billing_pb2.BillingContext(user_id=user_of(number))
+        request = llm_service_pb2.StreamRequest(billing=billing, messages=messages())
         await read(echo_stream(request), figures, time.perf_counter())
 
     async def do_balance(number: int, figures: Figures) -> None:
