@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from servicekit.db import migrations
 from servicekit.rpc.channel import open_channel
 from servicekit.rpc.status import error_info_of
-from servicekit.settings import ConfigurationError, redacted, split_address
+from servicekit.settings import ConfigurationError, database_url_of, redacted, split_address
 from servicekit.telemetry.logs import configure_logs
 from servicekit.telemetry.metrics import serve_metrics
 from servicekit.workers import is_worker, run_workers
@@ -69,6 +69,8 @@ class ServiceCommands:
         url = os.environ.get(self._url_variable, "")
         if not url.startswith(("postgresql://", "postgres://")):
             fail(f"{self._url_variable}: must be a postgresql:// URL", code=2)
+        password_file = os.environ.get(f"{self._url_variable.removesuffix('_URL')}_PASSWORD_FILE", "")
+        url = database_url_of(url, Path(password_file) if password_file else None)
         try:
             version = migrations.upgrade(url=url, schema=self._schema, folder=self._folder)
         except OperationalError as error:
@@ -81,7 +83,7 @@ class ServiceCommands:
         if settings.workers > 1 and not is_worker():
             command = ["-m", self._module]
             sys.exit(run_workers(command, workers=settings.workers, metrics_listen=settings.metrics_listen))
-        self._require_schema(settings.database_url.get_secret_value())
+        self._require_schema(settings.full_database_url())
         try:
             if settings.metrics_listen and not is_worker():
                 serve_metrics(split_address(settings.metrics_listen))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -67,6 +68,7 @@ class ServerSettings(BaseModel):
     listen: Address
     metrics_listen: AddressOrOff
     database_url: PostgresUrl
+    database_password_file: Path | None = None
     database_pool_size: int = Field(default=8, ge=2, le=200)
     workers: int = Field(default=1, ge=1, le=64)
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
@@ -79,6 +81,10 @@ class ServerSettings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: Literal["all", "errors"] = "all"
     fault: Annotated[str, AfterValidator(_fault)] = ""
+
+    def full_database_url(self) -> str:
+        """With the password; for the driver alone."""
+        return database_url_of(self.database_url.get_secret_value(), self.database_password_file)
 
     @model_validator(mode="after")
     def _check_together(self) -> ServerSettings:
@@ -94,6 +100,16 @@ class ServerSettings(BaseModel):
             if name.endswith("_file") and isinstance(value, Path) and not value.is_file():
                 raise ValueError(f"{name}: {value} is not a file")
         return self
+
+
+def database_url_of(url: str, password_file: Path | None) -> str:
+    """The URL with the password of the file in it."""
+    if password_file is None:
+        return url
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    password = quote(password_file.read_text().strip(), safe="")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:{password}{at or '@'}{host}"))
 
 
 def load_settings(settings: type[AnySettings], *, prefix: str, environ: Mapping[str, str]) -> AnySettings:

@@ -46,7 +46,7 @@ async def serve(settings: Settings) -> None:
     log.info("starting", **redacted(settings))
     if settings.redis_url:
         log.warning("redis_not_used", reason="balances are read from the database in this version")
-    url = settings.database_url.get_secret_value()
+    url = settings.full_database_url()
     database = Database(url, schema=SCHEMA, application_name=NAME, pool_size=settings.database_pool_size)
     writing = Database(
         url, schema=SCHEMA, application_name=f"{NAME}-writer", pool_size=WRITER_CONNECTIONS, by_key_only=True

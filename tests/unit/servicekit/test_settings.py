@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import llm_service.config
@@ -71,3 +73,13 @@ def test_secrets_are_never_shown() -> None:
 
 def test_an_unknown_fault_point_is_a_problem() -> None:
     assert problems_of(LLM_FAULT="nowhere")[0].startswith("LLM_FAULT:")
+
+
+def test_a_password_file_completes_the_database_url(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("a/b@c\n")
+    settings = llm_service.config.load({
+        **GOOD, "LLM_DATABASE_URL": "postgresql://u@host:5/db?x=1", "LLM_DATABASE_PASSWORD_FILE": str(file)
+    })
+    assert settings.full_database_url() == "postgresql://u:a%2Fb%40c@host:5/db?x=1"
+    assert "a%2Fb" not in str(redacted(settings))

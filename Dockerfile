@@ -1,0 +1,20 @@
+# One image for all services; the command chooses which. Non-root, slim, packages by hash.
+FROM python:3.11-slim AS build
+WORKDIR /app
+COPY requirements.lock pyproject.toml README.md ./
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: --no-deps -r requirements.lock
+COPY gen gen
+COPY servicekit servicekit
+COPY metering metering
+COPY llm_service llm_service
+COPY tokenstore_service tokenstore_service
+RUN /venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+
+FROM python:3.11-slim
+RUN useradd --system --uid 10001 --no-create-home creditmesh
+COPY --from=build /venv /venv
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
+USER creditmesh
+EXPOSE 50051 50052 9091 9092
+CMD ["python", "-m", "llm_service"]

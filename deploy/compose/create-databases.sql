@@ -1,0 +1,2 @@
+-- Run once by PostgreSQL's image; the database tokenstore is made by POSTGRES_DB.
+CREATE DATABASE llm;
