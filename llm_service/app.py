@@ -92,7 +92,9 @@ async def serve(settings: Settings) -> None:
         stack.push_async_callback(openai_chat.close)
         publisher: Publisher = DirectChargeDelivery(channel, token)
         if settings.kafka_bootstrap_servers:
-            await ensure_topics(settings.kafka_bootstrap_servers, [charges_topic])
+            await stack.enter_async_context(background(
+                lambda: ensure_topics(settings.kafka_bootstrap_servers, [charges_topic]), name="kafka-topics"
+            ))
             producer = KafkaProducer(settings.kafka_bootstrap_servers, client_id=NAME)
             stack.callback(producer.close)
             publisher = KafkaPublisher(producer, source=f"/creditmesh/{NAME}")

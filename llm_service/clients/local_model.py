@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from llm_service.domain.chat import Delta, FinishReason, Message, Prompt, Role, TextPart
 from llm_service.domain.deployment import Deployment
@@ -53,8 +53,9 @@ class LocalModel:
         self._pause = 1.0 / tokens_per_second if tokens_per_second else 0.0
 
     async def stream(
-        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
     ) -> AsyncIterator[UpstreamChunk]:
+        on_sent()
         input_tokens = await self._tokens.count_prompt(prompt)
         left = max_output_tokens
         text = ""
@@ -72,10 +73,12 @@ class LocalModel:
         usage = Usage(input_tokens=input_tokens, output_tokens=min(self._tokens.count_text(text), max_output_tokens))
         yield UpstreamChunk(finish_reason=finish, usage=usage, upstream_model=NAME)
 
-    async def generate(self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int) -> UpstreamAnswer:
+    async def generate(
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
+    ) -> UpstreamAnswer:
         text = ""
         finish, usage = FinishReason.STOP, None
-        async for chunk in self.stream(deployment, prompt, max_output_tokens=max_output_tokens):
+        async for chunk in self.stream(deployment, prompt, max_output_tokens=max_output_tokens, on_sent=on_sent):
             text += "".join(delta.text for delta in chunk.deltas)
             finish, usage = chunk.finish_reason or finish, chunk.usage or usage
         message = Message(role=Role.ASSISTANT, parts=(TextPart(text),))

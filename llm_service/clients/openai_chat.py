@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -38,10 +39,10 @@ class OpenAiChat:
             await self._session.close()
 
     async def stream(
-        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
     ) -> AsyncIterator[UpstreamChunk]:
         body = request_body(deployment, prompt, max_output_tokens=max_output_tokens, stream=True)
-        async with self._post(deployment, body, accept="text/event-stream") as response:
+        async with self._post(deployment, body, accept="text/event-stream", on_sent=on_sent) as response:
             events = _EventBuffer()
             finished = False
             async for data in response.content.iter_any():
@@ -57,9 +58,11 @@ class OpenAiChat:
             if not finished:
                 raise UpstreamFailure("UPSTREAM_UNAVAILABLE", "the stream ended without a finish reason")
 
-    async def generate(self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int) -> UpstreamAnswer:
+    async def generate(
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
+    ) -> UpstreamAnswer:
         body = request_body(deployment, prompt, max_output_tokens=max_output_tokens, stream=False)
-        async with self._post(deployment, body, accept="application/json") as response:
+        async with self._post(deployment, body, accept="application/json", on_sent=on_sent) as response:
             data = await _read_at_most(response, MOST_ANSWER_BYTES)
             try:
                 return answer_from_json(orjson.loads(data))
@@ -67,7 +70,9 @@ class OpenAiChat:
                 raise UpstreamFailure("UPSTREAM_UNAVAILABLE", f"malformed answer: {type(error).__name__}") from None
 
     @contextlib.asynccontextmanager
-    async def _post(self, deployment: Deployment, body: bytes, *, accept: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _post(
+        self, deployment: Deployment, body: bytes, *, accept: str, on_sent: Callable[[], None]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer with status 200. Raises UpstreamFailure for any other, and for whatever breaks on the way."""
         headers = {name: value for name, value in deployment.extra_headers if name.lower() not in OWN_HEADERS}
         headers |= {"Content-Type": "application/json", "Accept": accept}
@@ -77,7 +82,7 @@ class OpenAiChat:
         try:
             async with self._open_session().post(
                 f"{deployment.base_url.rstrip('/')}/chat/completions", data=body, headers=headers, timeout=timeout,
-                allow_redirects=False,
+                allow_redirects=False, trace_request_ctx=on_sent,
             ) as response:
                 if response.status != 200:
                     raise await _failure_of(response)
@@ -90,12 +95,18 @@ class OpenAiChat:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
+            tracing = aiohttp.TraceConfig()
+            tracing.on_request_headers_sent.append(_tell_sent)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ttl_dns_cache=60)
             self._session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=True, trust_env=False, cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=2**18,
+                read_bufsize=2**18, trace_configs=[tracing],
             )
         return self._session
+
+
+async def _tell_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
+    context.trace_request_ctx()
 
 
 class _EventBuffer:

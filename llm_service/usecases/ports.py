@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -182,11 +182,18 @@ class UpstreamAnswer:
 class ModelProvider(Protocol):
     """Speaks to model servers of one kind. Raises UpstreamFailure."""
 
-    def stream(self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int) -> AsyncIterator[UpstreamChunk]:
-        """Chunks until the answer is complete: a finish reason came. Closing the iterator stops the model server."""
+    def stream(
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
+    ) -> AsyncIterator[UpstreamChunk]:
+        """Chunks until the answer is complete: a finish reason came. Closing the iterator stops the model server.
+
+        `on_sent` is told when the request goes out: from then on the model may run, and the call costs its input.
+        """
         ...
 
-    async def generate(self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int) -> UpstreamAnswer: ...
+    async def generate(
+        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
+    ) -> UpstreamAnswer: ...
 
 
 class TokenCounter(Protocol):

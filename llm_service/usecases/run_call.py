@@ -144,7 +144,8 @@ class CallRunner:
             finish_reason = FinishReason.STOP
             provider = self._providers[call.deployment.provider]
             chunks = provider.stream(
-                call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens
+                call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens,
+                on_sent=call.mark_sent,
             )
             async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # providers are generators
                 self._begin_attempt(call)
@@ -185,6 +186,7 @@ class CallRunner:
             self._in_background(self._finish(call, end, FinishReason.CANCELLED, None))
             raise
         except BaseException:
+            call.error_reason = "INTERNAL"
             self._in_background(self._finish(call, End.UPSTREAM_FAILED, FinishReason.UPSTREAM_ERROR, None))
             raise
         record = await self._finish_shielded(call, end, finish_reason, failure)
@@ -203,7 +205,8 @@ class CallRunner:
             self._begin_attempt(call)
             async with asyncio.timeout_at(self._wait_until(call, request, whole=True)):
                 upstream = await provider.generate(
-                    call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens
+                    call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens,
+                    on_sent=call.mark_sent,
                 )
             finish_reason = upstream.finish_reason
             call.usage, call.upstream_model = upstream.usage, upstream.upstream_model
@@ -219,6 +222,7 @@ class CallRunner:
                 raise
             end = End.CLIENT_GONE
         except BaseException:
+            call.error_reason = "INTERNAL"
             self._in_background(self._finish(call, End.UPSTREAM_FAILED, FinishReason.UPSTREAM_ERROR, None))
             raise
         record = await self._finish_shielded(call, end, finish_reason, failure)
@@ -321,7 +325,6 @@ class CallRunner:
 
     def _begin_attempt(self, call: RunningCall) -> None:
         call.attempt_started_at = self._clock.now()
-        call.reached_model = True
 
     def _wait_until(self, call: RunningCall, request: CallRequest, *, whole: bool = False) -> float:
         """When the next token is overdue, on the loop's clock."""

@@ -47,6 +47,9 @@ class RunningCall:
     def user_id(self) -> str:
         return self.record.billing.user_id
 
+    def mark_sent(self) -> None:
+        self.reached_model = True
+
     def cancel(self) -> None:
         """As if the client had left; the call is settled for what was delivered."""
         if not self.is_ended and not self.is_cancelled:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from typing import Any
 
@@ -248,6 +250,27 @@ def test_a_client_that_leaves_before_the_first_token_pays_for_the_input(mesh: Me
     (entry,) = settled(mesh, user, entries=1)
     assert entry.usage.output_tokens == 0
     assert entry.usage.input_tokens > 5
+
+
+def test_a_client_that_leaves_before_the_model_is_reached_pays_nothing(mesh: Mesh, user: str) -> None:
+    with contextlib.closing(socket.socket()) as deaf:
+        # A full backlog: connections are neither taken nor refused.
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(deaf.getsockname())
+        mesh.register("deaf", f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", "ok")
+        with pytest.raises(grpc.RpcError) as caught:
+            mesh.calls.Generate(generate_request(user, model="deaf", request_id="r"), timeout=0.5)
+        for each in waiting:
+            each.close()
+    error: Any = caught.value
+    assert error.code() is Code.DEADLINE_EXCEEDED
+    assert settled(mesh, user, entries=0) == []
+    call = mesh.calls.GetCall(llm_service_pb2.GetCallRequest(user_id=user, request_id="r"), timeout=10).call
+    assert (call.state, call.error_reason) == (call_pb2.CALL_STATE_FAILED, "DEADLINE_EXCEEDED")
 
 
 def test_cancel_call_ends_a_running_stream_with_its_charge(mesh: Mesh, user: str) -> None:

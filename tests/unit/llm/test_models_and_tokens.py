@@ -16,6 +16,10 @@ from llm_service.storage.sealed_keys import KeySealer
 TOKENS = BpeTokenCounter()
 
 
+def nothing() -> None:
+    pass
+
+
 def deployment(model_id: str, **fields: object) -> Deployment:
     values: dict[str, object] = {"model_id": model_id, "alias": "pro", **fields}
     return replace(BUILT_IN, **values)  # type: ignore[arg-type]
@@ -62,9 +66,9 @@ def test_a_key_is_shown_masked(key: str, shown: str) -> None:
 
 async def test_the_local_model_is_deterministic_and_counts_for_real() -> None:
     model = LocalModel(TOKENS, tokens_per_second=0)
-    once = await model.generate(BUILT_IN, prompt("hello"), max_output_tokens=4096)
-    again = await model.generate(BUILT_IN, prompt("hello"), max_output_tokens=4096)
-    other = await model.generate(BUILT_IN, prompt("goodbye"), max_output_tokens=4096)
+    once = await model.generate(BUILT_IN, prompt("hello"), max_output_tokens=4096, on_sent=nothing)
+    again = await model.generate(BUILT_IN, prompt("hello"), max_output_tokens=4096, on_sent=nothing)
+    other = await model.generate(BUILT_IN, prompt("goodbye"), max_output_tokens=4096, on_sent=nothing)
     assert once == again != other
     text = once.message.parts[0].text  # type: ignore[union-attr]
     assert "LOCAL" in text
@@ -75,7 +79,7 @@ async def test_the_local_model_is_deterministic_and_counts_for_real() -> None:
 
 @pytest.mark.parametrize("bound", [1, 5, 30])
 async def test_the_local_model_keeps_to_its_bound(bound: int) -> None:
-    answer = await LocalModel(TOKENS, tokens_per_second=0).generate(BUILT_IN, prompt("x"), max_output_tokens=bound)
+    answer = await LocalModel(TOKENS, tokens_per_second=0).generate(BUILT_IN, prompt("x"), max_output_tokens=bound, on_sent=nothing)
     assert answer.usage is not None
     assert answer.usage.output_tokens <= bound
     assert answer.finish_reason is FinishReason.LENGTH
@@ -83,7 +87,7 @@ async def test_the_local_model_keeps_to_its_bound(bound: int) -> None:
 
 async def test_the_local_model_stops_at_a_stop_string() -> None:
     answer = await LocalModel(TOKENS, tokens_per_second=0).generate(
-        BUILT_IN, prompt("x", stop=("offline",)), max_output_tokens=4096
+        BUILT_IN, prompt("x", stop=("offline",)), max_output_tokens=4096, on_sent=nothing
     )
     assert "offline" not in answer.message.parts[0].text  # type: ignore[union-attr]
 
