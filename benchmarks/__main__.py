@@ -53,7 +53,7 @@ class Bench:
         self.echo_address = f"127.0.0.1:{self.echo_port}"
         self.mesh = self.new_mesh("bench")
         self.cold_start = self._start()
-        for name in ("unary", "chunks-200", "burst-200"):
+        for name in ("unary", "paced-200", "chunks-200", "burst-200"):
             self.mesh.register(name, f"http://127.0.0.1:{self.upstream_port}/v1", name)
         for number in range(USERS):
             self.mesh.credit(f"bench-{number}", 10**14)
@@ -175,6 +175,13 @@ def streams(bench: Bench) -> Table:
         f" {got['tokens_per_second']:.0f} tokens/s",
         f"bare grpc.aio: {echo['messages_per_second']:.0f} messages/s (bar: 25 000); CPU ms/stream:"
         f" {cpu_text(got['cpu'])}",
+    ))
+    paced = bench.median("stream", bench.mesh.llm_address, concurrency=48, model="paced-200")
+    rows.append((
+        "streams of 200 single tokens, paced, concurrency 48",
+        f"{paced['messages_per_second']:.0f} messages/s, {paced['rate']:.0f} streams/s",
+        f"bar: 25 000 messages/s, bare grpc.aio {echo['messages_per_second']:.0f}; CPU ms/stream:"
+        f" {cpu_text(paced['cpu'])}",
     ))
     burst = bench.median("stream", bench.mesh.llm_address, concurrency=16, model="burst-200")
     rows.append((

@@ -2,7 +2,8 @@
 
     python -m benchmarks.upstream PORT
 
-The model's name decides: `unary`, `chunks-200` (200 events, each its own write), `burst-200` (all in one write).
+The model's name decides: `unary`, `paced-200` (200 events, 2 ms apart, so that each arrives by itself), `chunks-200`
+(each its own write, as fast as it goes), `burst-200` (all in one write).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ANSWER = json.dumps({
     "usage": {"prompt_tokens": 12, "completion_tokens": 6, "total_tokens": 18},
 }).encode()
 UNARY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
+PACE_SECONDS = 0.002
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -72,17 +74,17 @@ class Answers(asyncio.Protocol):
         if kind == "burst":
             self._transport.write(HEAD + framed(b"".join(pieces)) + b"0\r\n\r\n")
             return
-        task = asyncio.ensure_future(self._send(pieces))
+        task = asyncio.ensure_future(self._send(pieces, pause=PACE_SECONDS if kind == "paced" else 0.0))
         TASKS.add(task)
         task.add_done_callback(TASKS.discard)
 
-    async def _send(self, pieces: list[bytes]) -> None:
+    async def _send(self, pieces: list[bytes], *, pause: float) -> None:
         """Each event in a write of its own, and the other connections in between."""
         assert self._transport is not None
         self._transport.write(HEAD)
         for piece in pieces:
             self._transport.write(framed(piece))
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause)
         self._transport.write(b"0\r\n\r\n")
 
 

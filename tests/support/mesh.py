@@ -224,12 +224,13 @@ class Mesh:
         return int(self._number(self.llm_url, "SELECT count(*) FROM llm.call WHERE state = 1"))
 
     def wait_for_rest(self, seconds: float = REST_SECONDS) -> None:
-        """Until no call runs, the outbox is empty, no hold is open, and each expired hold of ours has its record."""
+        """Until no call runs, the outbox is empty, no hold is open, each expired hold of ours has its record, and each
+        settled call is in the ledger."""
         give_up_at = time.monotonic() + seconds
         left = {}
         while time.monotonic() < give_up_at:
             left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls(),
-                    "orphans": self.orphaned_holds()}
+                    "orphans": self.orphaned_holds(), "unbooked": self.unbooked_calls()}
             if not any(left.values()):
                 return
             time.sleep(0.1)
@@ -242,6 +243,14 @@ class Mesh:
         )
         known = {row[0] for row in self.rows(self.llm_url, "SELECT call_id FROM llm.call")} if expired else set()
         return sum(row[0] not in known for row in expired)
+
+    def unbooked_calls(self) -> int:
+        """Settled calls that have no ledger entry yet: their charge is on its way, perhaps in Kafka."""
+        settled = {row[0] for row in self.rows(self.llm_url, "SELECT call_id FROM llm.call WHERE state = 2")}
+        booked = self.rows(
+            self.tokenstore_url, "SELECT call_id FROM tokenstore.ledger_entry WHERE call_id = ANY(%s)", (list(settled),)
+        )
+        return len(settled - {row[0] for row in booked})
 
     def rows(self, url: str, statement: str, arguments: Sequence[Any] = ()) -> list[Any]:
         with psycopg.connect(url, autocommit=True) as connection:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from servicekit.batching import MicroBatcher
 from servicekit.db.database import Connection, Database
 from tokenstore_service.domain.account import Account
 from tokenstore_service.domain.entry import Entry
@@ -60,14 +62,23 @@ NO_SEQ = 2**63 - 1
 
 
 class PostgresLedgerReader:
-    """Reads on PostgreSQL."""
+    """Reads on PostgreSQL. Balances that are asked for at the same time are read together."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._asked_accounts: MicroBatcher[str, Account | None] = MicroBatcher(
+            self._read_accounts, name="balances", workers=2
+        )
 
     async def accounts(self, user_ids: Sequence[str]) -> dict[str, Account]:
-        rows = await self._rows(ACCOUNTS, (list(user_ids),))
-        return {row[0]: row_mapping.account_from_row(row) for row in rows}
+        found = await asyncio.gather(*[self._asked_accounts.enqueue(user_id) for user_id in user_ids])
+        return {account.user_id: account for account in found if account is not None}
+
+    async def _read_accounts(self, user_ids: Sequence[str]) -> Sequence[Account | None]:
+        rows = {row[0]: row for row in await self._rows(ACCOUNTS, (list(set(user_ids)),))}
+        return [
+            row_mapping.account_from_row(rows[user_id]) if user_id in rows else None for user_id in user_ids
+        ]
 
     async def entries(self, wanted: EntryFilter, *, before_seq: int | None, limit: int) -> list[Entry]:
         rows = await self._rows(ENTRIES, {
