@@ -19,9 +19,10 @@ from creditmesh.llm.v1 import (
 from llm_service.domain.call import CallState
 from llm_service.domain.chat import Delta, Prompt
 from llm_service.usecases import read_calls
+from llm_service.usecases.call_events import CallRequest, Started
 from llm_service.usecases.manage_models import ModelAdministration
 from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter
-from llm_service.usecases.run_call import CallRequest, CallRunner, Started
+from llm_service.usecases.run_call import CallRunner
 from llm_service.usecases.running_calls import RunningCalls
 from llm_service.wire.calls import (
     call_request_from_proto,

@@ -9,8 +9,8 @@ from llm_service.domain.call import CallRecord, CallState
 from llm_service.domain.chat import Prompt
 from llm_service.domain.deployment import DEFAULT_ALIAS
 from llm_service.domain.errors import CallNotFound, CallNotRunning
+from llm_service.usecases.output_meter import upper_bound_tokens
 from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter
-from llm_service.usecases.run_call import upper_bound_tokens
 from llm_service.usecases.running_calls import RunningCalls
 from servicekit.core.errors import InvalidField
 from servicekit.core.page_token import decode_time_token, encode_page_token

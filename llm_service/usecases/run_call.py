@@ -10,21 +10,28 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from llm_service.domain.call import Billing, CallRecord, CallState, End, judge, settle
-from llm_service.domain.chat import Delta, FinishReason, Message, Prompt, TextPart, ToolCallDelta
+from llm_service.domain.call import CallRecord, CallState, End, judge, settle
+from llm_service.domain.chat import Delta, FinishReason, Message
 from llm_service.domain.deployment import DEFAULT_ALIAS, Deployment, Provider
 from llm_service.domain.errors import (
     ContextTooLong,
-    InsufficientCredit,
     RequestFinished,
-    RequestInFlight,
-    UpstreamRejected,
-    UpstreamUnavailable,
 )
+from llm_service.usecases.call_errors import refusal, upstream_error
+from llm_service.usecases.call_events import (
+    CallRequest,
+    Finished,
+    Generated,
+    Replay,
+    Started,
+    Timing,
+    deltas_of,
+)
+from llm_service.usecases.output_meter import OutputMeter, upper_bound_tokens
 from llm_service.usecases.ports import (
     CallJournal,
     CreditLedger,
@@ -40,7 +47,7 @@ from llm_service.usecases.ports import (
 from llm_service.usecases.running_calls import RunningCall, RunningCalls
 from metering.usage import Usage, UsageSource
 from servicekit.core.clock import Clock
-from servicekit.core.errors import Cancelled, DeadlineExceeded, DomainError, IdempotencyConflict, Overloaded
+from servicekit.core.errors import Cancelled, DeadlineExceeded, DomainError, Overloaded
 from servicekit.core.faults import FaultPoint, Faults
 from servicekit.core.ids import IdSource
 from servicekit.telemetry.logs import EventLogger
@@ -49,64 +56,6 @@ log = EventLogger(__name__)
 
 DEADLINE_MARGIN_SECONDS = 0.05
 """A call stops this long before its client's deadline, so that the client still hears what it was charged."""
-UNCLIPPED_TOLERANCE = 1.25
-"""A model server's tokenizer may count fewer tokens than ours for the same text; only a hold that credit had clipped is
-held to our own count exactly. What we count ourselves is never charged above the grant."""
-UNCLIPPED_SLACK_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class CallRequest:
-    """A call to run. `deadline_seconds` is on the monotonic clock, None without one."""
-
-    billing: Billing
-    model: str
-    prompt: Prompt
-    max_output_tokens: int | None
-    min_output_tokens: int
-    deadline_seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds from arrival."""
-
-    hold: float
-    first_token: float | None
-    total: float
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The credit is held."""
-
-    record: CallRecord
-    replayed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The call's end, durable."""
-
-    record: CallRecord
-    timing: Timing
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """A whole answer and its call, durable."""
-
-    record: CallRecord
-    message: Message
-    replayed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """An earlier call of the same request, and its answer."""
-
-    record: CallRecord
-    message: Message
 
 
 class CallRunner:
@@ -122,6 +71,7 @@ class CallRunner:
         self._journal = journal
         self._providers = providers
         self._tokens = tokens
+        self._meter = OutputMeter(tokens)
         self._running = running
         self._clock = clock
         self._ids = ids
@@ -172,8 +122,10 @@ class CallRunner:
                     if chunk.finish_reason is not None:
                         finish_reason = chunk.finish_reason
                     cut = False
+                    if chunk.deltas and call.first_token_seconds is None:
+                        self._mark_first_token(call)
                     for delta in chunk.deltas:
-                        delta, cut = self._count(call, delta, chunk.pieces)
+                        delta, cut = self._meter.count(call, delta)
                         yield delta
                         if cut:
                             break
@@ -292,7 +244,7 @@ class CallRunner:
         if isinstance(answer, HoldRefused) and answer.existing_call_id and answer.reason.startswith("REQUEST_"):
             return await self._repeat(asked, answer, answer.existing_call_id)
         if isinstance(answer, HoldRefused):
-            raise _refusal(asked, answer)
+            raise refusal(asked, answer)
         return answer
 
     async def _repeat(self, asked: HoldAsked, refused: HoldRefused, existing: UUID) -> HoldGranted | Replay:
@@ -313,7 +265,7 @@ class CallRunner:
             if isinstance(answer, HoldGranted):
                 return answer
             refused = answer
-        raise _refusal(asked, refused)
+        raise refusal(asked, refused)
 
     async def _release(self, user_id: str, call_id: UUID) -> None:
         try:
@@ -360,47 +312,13 @@ class CallRunner:
             return True
         return False
 
-    def _count(self, call: RunningCall, delta: Delta, pieces: int) -> tuple[Delta, bool]:
-        """Counts a delta against the grant. Answers the delta as far as the grant reaches, and whether that was all."""
-        if call.first_token_seconds is None:
-            call.first_token_seconds = self._clock.monotonic()
-            call.first_token_at = self._clock.now()
-        call.pieces += pieces
-        tokens = self._count_delta(delta)
-        granted = call.record.max_output_tokens
-        limit = granted if call.clipped else int(granted * UNCLIPPED_TOLERANCE) + UNCLIPPED_SLACK_TOKENS
-        left = limit - call.counted_output_tokens
-        cut = tokens > left
-        if cut and delta.text:
-            delta = Delta(text=self._first_tokens(delta.text, max(left, 0)), reasoning=delta.reasoning)
-            tokens = self._count_delta(delta)
-        call.counted_output_tokens += tokens
-        call.answer.add(delta)
-        return delta, cut
-
-    def _count_delta(self, delta: Delta) -> int:
-        tokens = self._tokens.count_text(delta.text) if delta.text else 0
-        if delta.reasoning:
-            tokens += self._tokens.count_text(delta.reasoning)
-        if delta.tool_call is not None:
-            tokens += self._tokens.count_text(delta.tool_call.name + delta.tool_call.arguments)
-        return tokens
-
-    def _first_tokens(self, text: str, tokens: int) -> str:
-        """The longest beginning of `text` that is at most so many tokens, by halving."""
-        low, high = 0, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._tokens.count_text(text[:middle]) <= tokens:
-                low = middle
-            else:
-                high = middle - 1
-        return text[:low]
-
-    def _take_message(self, call: RunningCall, message: Message) -> None:
+    def _mark_first_token(self, call: RunningCall) -> None:
         call.first_token_seconds = self._clock.monotonic()
         call.first_token_at = self._clock.now()
-        for delta in _deltas_of(message):
+
+    def _take_message(self, call: RunningCall, message: Message) -> None:
+        self._mark_first_token(call)
+        for delta in deltas_of(message):
             call.answer.add(delta)
         if call.usage is None:
             call.counted_output_tokens = self._tokens.count_message(message)
@@ -482,7 +400,7 @@ class CallRunner:
             raise DeadlineExceeded("the deadline passed before the model answered", facts=facts)
         if end is End.CLIENT_GONE:
             raise Cancelled("the call was cancelled before the model answered", facts=facts)
-        raise _upstream_error(failure, facts)
+        raise upstream_error(failure, facts)
 
     def _timing(self, call: RunningCall) -> Timing:
         first = call.first_token_seconds
@@ -494,46 +412,6 @@ class CallRunner:
 
     async def _replay(self, replay: Replay) -> AsyncIterator[Started | Delta | Finished]:
         yield Started(replay.record, replayed=True)
-        for delta in _deltas_of(replay.message):
+        for delta in deltas_of(replay.message):
             yield delta
         yield Finished(replay.record, Timing(0.0, None, 0.0))
-
-
-def upper_bound_tokens(counted: int) -> int:
-    """What a hold is made for: other tokenizers than ours may need more tokens for the same prompt."""
-    return counted + counted // 10 + 8
-
-
-def _deltas_of(message: Message) -> list[Delta]:
-    text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
-    deltas = [Delta(text=text, reasoning=message.reasoning)] if text or message.reasoning else []
-    deltas += [
-        Delta(tool_call=ToolCallDelta(index, call.id, call.name, call.arguments))
-        for index, call in enumerate(message.tool_calls)
-    ]
-    return deltas
-
-
-def _refusal(asked: HoldAsked, refused: HoldRefused) -> DomainError:
-    existing: Mapping[str, str | int] = {"call_id": str(refused.existing_call_id)} if refused.existing_call_id else {}
-    if refused.reason == "INSUFFICIENT_CREDIT":
-        return InsufficientCredit(
-            "the account does not have the credit that this call may need", user_id=asked.billing.user_id,
-            needed_micros=refused.needed_micros, available_micros=refused.available_micros,
-        )
-    if refused.reason == "REQUEST_IN_FLIGHT":
-        return RequestInFlight("the same request is still running", retry_after_seconds=1.0, facts=existing)
-    if refused.reason == "REQUEST_FINISHED":
-        return RequestFinished("this request was answered and charged", facts=existing)
-    return IdempotencyConflict("the request_id was used before with other content", facts=existing)
-
-
-def _upstream_error(failure: UpstreamFailure | None, facts: Mapping[str, str | int]) -> DomainError:
-    if failure is None or failure.reason == "UPSTREAM_UNAVAILABLE":
-        retry_after = failure.retry_after_seconds if failure and failure.retry_after_seconds else 1.0
-        return UpstreamUnavailable(
-            "the model server did not answer; nothing was charged", retry_after_seconds=retry_after, facts=facts
-        )
-    if failure.reason == "CONTEXT_TOO_LONG":
-        return ContextTooLong("the prompt does not fit the model's context window; nothing was charged", facts=facts)
-    return UpstreamRejected("the model server refused the request; nothing was charged", facts=facts)

@@ -27,7 +27,6 @@ class RunningCall:
     task: asyncio.Task[object] | None
     answer: Answer = field(default_factory=Answer)
     counted_output_tokens: int = 0
-    pieces: int = 0
     usage: Usage | None = None
     upstream_model: str = ""
     reached_model: bool = False

@@ -8,7 +8,7 @@ from creditmesh.common.v1 import billing_pb2
 from creditmesh.llm.v1 import call_pb2, chat_pb2, llm_service_pb2
 
 from llm_service.domain.call import Attempt, Billing, CallRecord, Charge
-from llm_service.usecases.run_call import CallRequest, Finished, Generated, Started, Timing
+from llm_service.usecases.call_events import CallRequest, Finished, Generated, Started, Timing
 from llm_service.wire.chat import AnyCallRequest, message_to_proto, prompt_from_proto
 from metering.wire import usage_to_proto
 from servicekit.core.ids import IdSource

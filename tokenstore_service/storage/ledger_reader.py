@@ -45,6 +45,7 @@ ORDER BY closed_at, hold_id LIMIT %(limit)s
 """
 HOLDS_TO_EXPIRE = "SELECT user_id, hold_id FROM hold WHERE state = 1 AND expires_at <= %s ORDER BY expires_at LIMIT %s"
 
+LINGER_SECONDS = 0.001
 AUDIT_ACCOUNTS = 200
 AUDIT_ENTRIES = 2000
 # The next users to audit: those with an account, and those that only have entries.
@@ -67,7 +68,7 @@ class PostgresLedgerReader:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._asked_accounts: MicroBatcher[str, Account | None] = MicroBatcher(
-            self._read_accounts, name="balances", workers=2
+            self._read_accounts, name="balances", linger_seconds=LINGER_SECONDS
         )
 
     async def accounts(self, user_ids: Sequence[str]) -> dict[str, Account]:

@@ -1,0 +1,41 @@
+"""Why a call did not begin, or brought nothing, in the caller's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llm_service.domain.errors import (
+    ContextTooLong,
+    InsufficientCredit,
+    RequestFinished,
+    RequestInFlight,
+    UpstreamRejected,
+    UpstreamUnavailable,
+)
+from llm_service.usecases.ports import HoldAsked, HoldRefused, UpstreamFailure
+from servicekit.core.errors import DomainError, IdempotencyConflict
+
+
+def refusal(asked: HoldAsked, refused: HoldRefused) -> DomainError:
+    existing: Mapping[str, str | int] = {"call_id": str(refused.existing_call_id)} if refused.existing_call_id else {}
+    if refused.reason == "INSUFFICIENT_CREDIT":
+        return InsufficientCredit(
+            "the account does not have the credit that this call may need", user_id=asked.billing.user_id,
+            needed_micros=refused.needed_micros, available_micros=refused.available_micros,
+        )
+    if refused.reason == "REQUEST_IN_FLIGHT":
+        return RequestInFlight("the same request is still running", retry_after_seconds=1.0, facts=existing)
+    if refused.reason == "REQUEST_FINISHED":
+        return RequestFinished("this request was answered and charged", facts=existing)
+    return IdempotencyConflict("the request_id was used before with other content", facts=existing)
+
+
+def upstream_error(failure: UpstreamFailure | None, facts: Mapping[str, str | int]) -> DomainError:
+    if failure is None or failure.reason == "UPSTREAM_UNAVAILABLE":
+        retry_after = failure.retry_after_seconds if failure and failure.retry_after_seconds else 1.0
+        return UpstreamUnavailable(
+            "the model server did not answer; nothing was charged", retry_after_seconds=retry_after, facts=facts
+        )
+    if failure.reason == "CONTEXT_TOO_LONG":
+        return ContextTooLong("the prompt does not fit the model's context window; nothing was charged", facts=facts)
+    return UpstreamRejected("the model server refused the request; nothing was charged", facts=facts)
