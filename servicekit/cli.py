@@ -144,6 +144,8 @@ def run_client(arguments: argparse.Namespace, work: Callable[[Client, argparse.N
         fail(f"{reason}: {error.details()}{f' ({facts})' if facts else ''}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
 
 
 def show_json(message: Message) -> None:
