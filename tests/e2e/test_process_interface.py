@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
-from creditmesh.llm.v1 import llm_service_pb2, llm_service_pb2_grpc, model_service_pb2
+from creditmesh.llm.v1 import chat_pb2, llm_service_pb2, llm_service_pb2_grpc, model_service_pb2
 from creditmesh.tokenstore.v1 import balance_service_pb2, balance_service_pb2_grpc, ledger_service_pb2
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -330,6 +330,29 @@ def test_models_are_registered_changed_and_reloaded_with_their_keys_sealed(
         mesh.models.GetModel(model_service_pb2.GetModelRequest(model_id=second), timeout=5)
     answer = mesh.calls.Generate(generate_request("alice"), timeout=10)
     assert answer.upstream_model == "local", "with nothing registered the built-in model serves again"
+
+
+def test_a_call_is_cancelled_from_any_replica(new_mesh: Callable[..., Mesh], upstream: Upstream) -> None:
+    """Each cancellation comes over a connection of its own, so that some reach the process that does not run the call."""
+    mesh = new_mesh(LLM_WORKERS="2")
+    mesh.start()
+    mesh.register("slow", upstream.base_url, "ok,words=2000,pause=0.02")
+    wait_until(lambda: mesh.llm.text().count('"models":1') == 2, what="the model in both processes")
+    mesh.credit("alice", 10**12)
+    for _ in range(6):
+        stream = mesh.calls.Stream(stream_request("alice", model="slow"), timeout=60)
+        call_id = next(stream).started.call_id
+        journalled = "SELECT 1 FROM llm.call WHERE call_id = %s"
+        wait_until(lambda call_id=call_id: mesh.rows(mesh.llm_url, journalled, (call_id,)), what="the call's record")
+        with grpc.insecure_channel(mesh.llm_address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub: Any = llm_service_pb2_grpc.LLMServiceStub(channel)
+            stub.CancelCall(llm_service_pb2.CancelCallRequest(call_id=call_id, user_id="alice"), timeout=5)
+        asked_at = time.monotonic()
+        finished = list(stream)[-1].finished
+        assert finished.finish_reason == chat_pb2.FINISH_REASON_CANCELLED
+        assert time.monotonic() - asked_at < 3
+    mesh.wait_for_rest()
+    assert mesh.findings() == []
 
 
 def test_tokens_are_counted_without_a_call(mesh: Mesh) -> None:
