@@ -100,7 +100,11 @@ class CallRunner:
             async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # providers are generators
                 self._begin_attempt(call)
                 while True:
+                    if call.is_cancelled:
+                        end = End.CLIENT_GONE
+                        break
                     try:
+                        call.is_waiting = True
                         async with asyncio.timeout_at(self._wait_until(call, request)):
                             chunk = await anext(chunks, None)
                     except TimeoutError:
@@ -114,6 +118,8 @@ class CallRunner:
                             raise
                         end = End.CLIENT_GONE
                         break
+                    finally:
+                        call.is_waiting = False
                     if chunk is None:
                         break
                     if chunk.usage is not None:
@@ -155,6 +161,7 @@ class CallRunner:
         provider = self._providers[call.deployment.provider]
         try:
             self._begin_attempt(call)
+            call.is_waiting = True
             async with asyncio.timeout_at(self._wait_until(call, request, whole=True)):
                 upstream = await provider.generate(
                     call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens,
@@ -177,6 +184,8 @@ class CallRunner:
             call.error_reason = "INTERNAL"
             self._in_background(self._finish(call, End.UPSTREAM_FAILED, FinishReason.UPSTREAM_ERROR, None))
             raise
+        finally:
+            call.is_waiting = False
         record = await self._finish_shielded(call, end, finish_reason, failure)
         self._raise_unless_delivered(call, record, end, failure)
         return Generated(record, call.answer.message())

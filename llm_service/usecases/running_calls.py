@@ -36,6 +36,7 @@ class RunningCall:
     http_status: int = 0
     error_reason: str = ""
     is_cancelled: bool = False
+    is_waiting: bool = False
     is_ended: bool = False
 
     @property
@@ -50,10 +51,13 @@ class RunningCall:
         self.reached_model = True
 
     def cancel(self) -> None:
-        """As if the client had left; the call is settled for what was delivered."""
+        """As if the client had left; the call is settled for what was delivered, and the client is told.
+
+        The task is cancelled only while it waits for the model; elsewhere it looks at `is_cancelled` by itself.
+        """
         if not self.is_ended and not self.is_cancelled:
             self.is_cancelled = True
-            if self.task is not None:
+            if self.is_waiting and self.task is not None:
                 self.task.cancel()
 
     def checkpoint(self) -> CallRecord:

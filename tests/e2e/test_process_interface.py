@@ -339,10 +339,10 @@ def test_a_call_is_cancelled_from_any_replica(new_mesh: Callable[..., Mesh], ups
     mesh.register("slow", upstream.base_url, "ok,words=2000,pause=0.02")
     wait_until(lambda: mesh.llm.text().count('"models":1') == 2, what="the model in both processes")
     mesh.credit("alice", 10**12)
+    journalled = "SELECT 1 FROM llm.call WHERE call_id = %s"
     for _ in range(6):
         stream = mesh.calls.Stream(stream_request("alice", model="slow"), timeout=60)
         call_id = next(stream).started.call_id
-        journalled = "SELECT 1 FROM llm.call WHERE call_id = %s"
         wait_until(lambda call_id=call_id: mesh.rows(mesh.llm_url, journalled, (call_id,)), what="the call's record")
         with grpc.insecure_channel(mesh.llm_address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             stub: Any = llm_service_pb2_grpc.LLMServiceStub(channel)
