@@ -89,11 +89,12 @@ def stop_signal() -> asyncio.Event:
 
 async def serve_until_stopped(
     server: grpc.aio.Server, *, readiness: Readiness, stop: asyncio.Event, drain_seconds: float, stack: AsyncExitStack,
-    after_drain: Callable[[], Awaitable[None]],
+    after_drain: Callable[[], Awaitable[None]], on_drain: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until `stop`; then NOT_SERVING, no new calls, running ones get `drain_seconds`, the rest is cancelled.
 
-    `after_drain` runs when no RPC is left; what entered `stack` is closed last, in reverse order.
+    `on_drain` ends what would go on for ever, such as watches. `after_drain` runs when no RPC is left; what entered
+    `stack` is closed last, in reverse order.
     """
     # What start-up made stays: collecting it again and again would stop every call for tens of milliseconds.
     gc.collect()
@@ -103,6 +104,7 @@ async def serve_until_stopped(
         await stop.wait()
         log.info("draining", seconds=drain_seconds)
         await readiness.drain()
+        on_drain()
         await server.stop(drain_seconds)
         await after_drain()
     await stack.aclose()

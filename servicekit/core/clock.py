@@ -41,3 +41,7 @@ class ManualClock:
     def advance(self, *, seconds: float) -> None:
         self._now += timedelta(seconds=seconds)
         self._monotonic += seconds
+
+    def set(self, to: datetime) -> None:
+        """Jumps, back as well; elapsed time is not touched."""
+        self._now = to

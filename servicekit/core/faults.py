@@ -18,6 +18,8 @@ class FaultPoint(StrEnum):
     AFTER_SETTLE = "after_settle"
     BEFORE_PUBLISH = "before_publish"
     AFTER_PUBLISH = "after_publish"
+    APPLY_LOADED = "apply_loaded"
+    APPLY_WRITTEN = "apply_written"
     BEFORE_APPLY_COMMIT = "before_apply_commit"
     AFTER_APPLY_COMMIT = "after_apply_commit"
 

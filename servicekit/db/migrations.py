@@ -30,15 +30,15 @@ def _config(folder: Path) -> Config:
     return config
 
 
-def upgrade(*, url: str, schema: str, folder: Path) -> str:
-    """Brings the schema to the newest version; two at once wait for each other. Returns the version."""
+def upgrade(*, url: str, schema: str, folder: Path, to: str = "head") -> str:
+    """Brings the schema to the newest version (or to another); two at once wait for each other. Returns the newest."""
     config = _config(folder)
     with _engine(url, schema).begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
         connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
         config.attributes["connection"] = connection
         config.attributes["schema"] = schema
-        command.upgrade(config, "head")
+        command.upgrade(config, to)
     with _engine(url, schema).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for table in connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = :s"), {"s": schema}):
             connection.execute(text(f'ANALYZE "{schema}"."{table}"'))

@@ -25,9 +25,8 @@ def timestamp_from_proto(message: Timestamp, *, field: str) -> datetime:
 
 
 def timestamp_to_proto(moment: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
+    since = moment - EARLIEST
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def optional_timestamp_to_proto(moment: datetime | None) -> Timestamp | None:

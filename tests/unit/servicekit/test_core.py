@@ -106,3 +106,14 @@ def test_times_out_of_range_are_invalid_fields() -> None:
 def test_a_bad_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError):
         split_address(address)
+
+
+@given(st.datetimes(
+    min_value=datetime(1970, 1, 1, tzinfo=UTC).replace(tzinfo=None),
+    max_value=datetime(8999, 12, 31, tzinfo=UTC).replace(tzinfo=None), timezones=st.just(UTC),
+))
+def test_times_travel_exactly_also_far_ones(moment: datetime) -> None:
+    expected = Timestamp()
+    expected.FromDatetime(moment)
+    assert timestamp_to_proto(moment) == expected
+    assert timestamp_from_proto(expected, field="x") == moment
