@@ -31,6 +31,10 @@ test: setup ## run every test, with real PostgreSQL and real Kafka
 test-fast: setup ## run the tests that start no process
 	@$(BIN)/python -m pytest tests/unit tests/tidy
 
+model: setup ## the ledger beside a model of it, N examples (make model N=2000)
+	@SEED=$${SEED:-$$RANDOM}; echo "seed $$SEED: make model N=$(N) SEED=$$SEED"; \
+		CREDITMESH_MODEL_EXAMPLES=$(N) $(BIN)/python -m pytest -q tests/integration/test_model.py --hypothesis-seed=$$SEED
+
 torture: setup ## kill services at random under load, N calls (make torture N=2000)
 	@$(BIN)/python -m tests.fault.torture --calls $(N)
 
@@ -56,4 +60,4 @@ clean: ## remove the virtual environment, caches and the data of `make run`
 	@rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup run run-kafka test test-fast torture check fmt gen bench lock clean
+.PHONY: help setup run run-kafka test test-fast model torture check fmt gen bench lock clean

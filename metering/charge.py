@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import NamedTuple
 
 from metering.usage import Usage
@@ -89,8 +90,22 @@ def micros_of(lines: list[Line]) -> int:
 
 
 def charge_micros(usage: Usage, rates: Rates) -> int:
-    """Micro-credits for `usage`; the same for ever for the same rates."""
-    return micros_of(lines_of(usage, rates))
+    """Micro-credits for `usage`; the same for ever for the same rates. micros_of(lines_of(...)) without the lines."""
+    (_, plain), (_, cached), (_, cache_write), (_, output), (_, reasoning), (_, audio_in), (_, audio_out) = (
+        components_of(usage)
+    )
+    pico = (
+        plain * rates.input_pico + cached * rates.cached_input_pico + cache_write * rates.cache_write_pico
+        + output * rates.output_pico + reasoning * rates.reasoning_pico + audio_in * rates.input_audio_pico
+        + audio_out * rates.output_audio_pico + rates.per_call_pico
+    )
+    return -(-pico // PICO_PER_MICRO)
+
+
+def unit_charge_micros(amount: Decimal, unit_pico: int) -> int:
+    """ceil(amount x unit_pico / 10^6): micro-credits for `amount` units of something that is not tokens, exact."""
+    numerator, denominator = amount.as_integer_ratio()
+    return -(-numerator * unit_pico // (denominator * PICO_PER_MICRO))
 
 
 def bound_micros(*, input_tokens: int, output_tokens: int, rates: Rates) -> int:

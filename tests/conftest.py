@@ -15,9 +15,9 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 from deploy.local.kafka import Kafka
 from deploy.local.postgres import Postgres
+from tests.support import ports
 from tests.support.databases import Databases
 from tests.support.mesh import Mesh
-from tests.support.ports import free_port
 from tests.support.upstream import Upstream
 
 FOLDERS = ("unit", "contract", "integration", "e2e", "fault", "tidy")
@@ -57,7 +57,7 @@ def databases(postgres: Postgres) -> Databases:
 @pytest.fixture(scope="session")
 def kafka(scratch: Path) -> Iterator[Kafka]:
     """A real Apache Kafka broker for the whole run."""
-    broker = Kafka(scratch / "kafka", port=free_port())
+    broker = Kafka(scratch / "kafka", port=ports.free_port())
     broker.start()
     yield broker
     broker.stop()
@@ -73,12 +73,34 @@ def upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture
+def free_port() -> int:
+    return ports.free_port()
+
+
+@pytest.fixture
 def new_mesh(databases: Databases, scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Mesh]]:
     """Makes meshes of real processes, each on databases of its own; stopped at the end of the test."""
     meshes: list[Mesh] = []
 
     def make(**settings: str) -> Mesh:
         mesh = Mesh(databases, scratch / "logs", name=request.node.name, settings=settings)
+        meshes.append(mesh)
+        return mesh
+
+    yield make
+    for mesh in meshes:
+        mesh.stop()
+
+
+@pytest.fixture(scope="module")
+def new_module_mesh(
+    databases: Databases, scratch: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Mesh]]:
+    """As new_mesh, for the tests of a module."""
+    meshes: list[Mesh] = []
+
+    def make(**settings: str) -> Mesh:
+        mesh = Mesh(databases, scratch / "logs", name=request.module.__name__, settings=settings)
         meshes.append(mesh)
         return mesh
 

@@ -45,6 +45,7 @@ creditmesh is running{how}. Ctrl-C stops it; what it stored stays in {run}.
   PostgreSQL          {postgres}{kafka}
 
 No service token is asked for on this machine's loopback addresses (LLM_AUTH=none, TOKENSTORE_AUTH=none).
+Payments by the provider "mock" are taken without a signature (TOKENSTORE_ALLOW_MOCK_PAYMENT=true): for trying only.
 While no model is registered, alias pro is served by the built-in LOCAL model. Try, in another terminal:
 
   .venv/bin/tokenstore-service credit alice 100{ts}
@@ -57,6 +58,7 @@ the same with grpcurl:
 
   grpcurl -plaintext -d '{{"user_id":"alice","amount_micros":"100000000","reason":"welcome","reference":"t-1","idempotency_key":"k1"}}' \\
     {tokenstore} creditmesh.tokenstore.v1.LedgerService/AdjustBalance
+  grpcurl -plaintext -d '{{"user_id":"alice","product_id":"free_100","idempotency_key":"o-1"}}' {tokenstore} creditmesh.tokenstore.v1.OrderService/CreateOrder
   grpcurl -plaintext -d '{{"billing":{{"user_id":"alice","scene":"chat"}},"messages":[{{"role":"ROLE_USER","content":[{{"text":"hi"}}]}}]}}' \\
     {llm} creditmesh.llm.v1.LLMService/Stream
   grpcurl -plaintext -d '{{"user_id":"alice","page_size":5}}' {tokenstore} creditmesh.tokenstore.v1.LedgerService/ListTransactions
@@ -228,6 +230,7 @@ def run(*, with_kafka: bool) -> None:
             **listens, "LLM_AUTH": os.environ.get("LLM_AUTH", "none"),
             "TOKENSTORE_AUTH": os.environ.get("TOKENSTORE_AUTH", "none"),
             "TOKENSTORE_ACCESS_LOG": os.environ.get("TOKENSTORE_ACCESS_LOG", "errors"),
+            "TOKENSTORE_ALLOW_MOCK_PAYMENT": os.environ.get("TOKENSTORE_ALLOW_MOCK_PAYMENT", "true"),
             "LLM_KAFKA_BOOTSTRAP_SERVERS": kafka_servers, "TOKENSTORE_KAFKA_BOOTSTRAP_SERVERS": kafka_servers,
             "LLM_TOKENSTORE_TARGET": listens["TOKENSTORE_LISTEN"], "LLM_DATABASE_URL": postgres.url("llm"),
             "TOKENSTORE_DATABASE_URL": postgres.url("tokenstore"), "LLM_SECRET_KEY_FILE": str(secret_key_file()),

@@ -9,6 +9,7 @@ from uuid import UUID
 import grpc
 import grpc.aio
 from creditmesh.tokenstore.v1 import (
+    budget_service_pb2,
     charge_service_pb2,
     charge_service_pb2_grpc,
     hold_service_pb2,
@@ -16,7 +17,7 @@ from creditmesh.tokenstore.v1 import (
 )
 from google.protobuf.duration_pb2 import Duration
 
-from llm_service.usecases.ports import ExpiredHold, HoldAsked, HoldGranted, HoldRefused
+from llm_service.usecases.ports import BindingBudget, ExpiredHold, HoldAsked, HoldGranted, HoldRefused
 from llm_service.wire.events import charge_requested_from_bytes
 from metering.wire import quote_from_proto
 from servicekit.batching import MicroBatcher
@@ -109,6 +110,7 @@ class GrpcCreditLedger:
             provider=asked.provider, model=asked.model, input_tokens=asked.input_tokens,
             max_output_tokens=asked.max_output_tokens, min_output_tokens=asked.min_output_tokens, ttl=self._ttl,
             request_fingerprint=billing.request_fingerprint, skip_charge=billing.skip_charge, origin=ORIGIN,
+            labels=billing.labels,
         )
 
 
@@ -153,12 +155,22 @@ def _hold_from_proto(result: hold_service_pb2.HoldResult) -> HoldGranted | HoldR
         return HoldRefused(
             reason=refused.reason, needed_micros=refused.needed_micros, available_micros=refused.available_micros,
             existing_call_id=UUID(refused.existing_call_id) if refused.existing_call_id else None,
+            budget=_budget_from_proto(refused) if refused.HasField("budget") else None,
         )
     granted = result.granted
     return HoldGranted(
         held_micros=granted.held_micros, max_output_tokens=granted.max_output_tokens,
         quote=quote_from_proto(granted.quote) if granted.HasField("quote") else None,
         expires_at=timestamp_from_proto(granted.expires_at, field="expires_at"),
+    )
+
+
+def _budget_from_proto(refused: hold_service_pb2.RefusedHold) -> BindingBudget:
+    budget = refused.budget
+    return BindingBudget(
+        budget_id=budget.budget_id, label_key=budget.label_key, label_value=budget.label_value,
+        period=budget_service_pb2.Period.Name(budget.period).removeprefix("PERIOD_"), limit_micros=budget.limit_micros,
+        resets_at=timestamp_from_proto(refused.resets_at, field="resets_at") if refused.HasField("resets_at") else None,
     )
 
 

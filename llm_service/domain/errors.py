@@ -47,6 +47,12 @@ class InsufficientCredit(DomainError):
     reason = "INSUFFICIENT_CREDIT"
 
 
+class BudgetExceeded(DomainError):
+    """A spend cap of the user leaves less than the call may need."""
+
+    reason = "BUDGET_EXCEEDED"
+
+
 class UpstreamRejected(DomainError):
     """The model server refused the request."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llm_service.domain.errors import (
+    BudgetExceeded,
     ContextTooLong,
     InsufficientCredit,
     RequestFinished,
@@ -22,6 +23,15 @@ def refusal(asked: HoldAsked, refused: HoldRefused) -> DomainError:
         return InsufficientCredit(
             "the account does not have the credit that this call may need", user_id=asked.billing.user_id,
             needed_micros=refused.needed_micros, available_micros=refused.available_micros,
+        )
+    if refused.budget is not None:
+        budget = refused.budget
+        return BudgetExceeded(
+            "a budget leaves less than this call may need", user_id=asked.billing.user_id, budget_id=budget.budget_id,
+            label_key=budget.label_key, label_value=budget.label_value, period=budget.period,
+            limit_micros=budget.limit_micros, needed_micros=refused.needed_micros,
+            available_micros=refused.available_micros,
+            resets_at=budget.resets_at.isoformat() if budget.resets_at else "never",
         )
     if refused.reason == "REQUEST_IN_FLIGHT":
         return RequestInFlight("the same request is still running", retry_after_seconds=1.0, facts=existing)

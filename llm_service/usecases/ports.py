@@ -39,13 +39,26 @@ class HoldGranted:
 
 
 @dataclass(frozen=True, slots=True)
+class BindingBudget:
+    """The spend cap that leaves too little; `resets_at` None = never."""
+
+    budget_id: str
+    label_key: str
+    label_value: str
+    period: str
+    limit_micros: int
+    resets_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class HoldRefused:
-    """INSUFFICIENT_CREDIT, REQUEST_IN_FLIGHT, REQUEST_FINISHED or IDEMPOTENCY_CONFLICT."""
+    """INSUFFICIENT_CREDIT, BUDGET_EXCEEDED, REQUEST_IN_FLIGHT, REQUEST_FINISHED or IDEMPOTENCY_CONFLICT."""
 
     reason: str
     needed_micros: int
     available_micros: int
     existing_call_id: UUID | None
+    budget: BindingBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)

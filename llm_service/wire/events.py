@@ -21,7 +21,7 @@ def charge_requested_to_bytes(record: CallRecord) -> bytes:
         scene=billing.scene, provider=record.price_provider, model=record.model, usage=usage_to_proto(record.usage),
         quote=quote_to_proto(record.quote) if record.quote else None,
         occurred_at=timestamp_to_proto(record.ended_at or record.created_at), skip_charge=billing.skip_charge,
-        conversation_id=billing.conversation_id,
+        conversation_id=billing.conversation_id, labels=billing.labels,
     ).SerializeToString()
 
 

@@ -20,7 +20,7 @@ from tests.support.databases import Databases
 from tests.support.memory_store import FixedPrices, MemoryBooks
 from tests.unit.tokenstore.test_book import NOW, PRICES, adjust, charge, open_hold
 from tokenstore_service.domain.commands import (
-    BalanceAdjusted,
+    Booked,
     ChargeRecorded,
     ExpireHold,
     ExtendHold,
@@ -34,7 +34,8 @@ from tokenstore_service.domain.hold import HoldState
 from tokenstore_service.storage.book_store import PostgresBookStore
 from tokenstore_service.storage.tables import SCHEMA
 from tokenstore_service.usecases.write_books import BookWriter
-from tokenstore_service.wire.charges import issue_original_to_bytes
+from tokenstore_service.wire.announcements import announcement_of
+from tokenstore_service.wire.charges import issue_original
 
 
 @pytest.fixture(params=["memory", "postgresql"])
@@ -49,7 +50,7 @@ async def writer(request: pytest.FixtureRequest, databases: Databases) -> AsyncI
         await database.open()
         async with database.connection() as connection:
             await connection.execute("INSERT INTO consumer_offset VALUES ('t', 0, 0), ('t', 1, 0)")
-        store = PostgresBookStore(database, encode_issue=issue_original_to_bytes)
+        store = PostgresBookStore(database, encode_issue=issue_original, announce=announcement_of)
     made = BookWriter(store, FixedPrices(PRICES), clock=clock, faults=NoFaults())
     made.test_clock = clock  # type: ignore[attr-defined]
     yield made
@@ -59,7 +60,7 @@ async def writer(request: pytest.FixtureRequest, databases: Databases) -> AsyncI
 
 
 async def test_a_call_from_hold_to_charge(writer: BookWriter) -> None:
-    adjusted = await writer.apply(adjust(10**9), BalanceAdjusted)
+    adjusted = await writer.apply(adjust(10**9), Booked)
     assert adjusted.account.balance_micros == 10**9
     granted = await writer.apply(open_hold(1, request_id="r"), HoldGranted)
     assert granted.quote is not None
@@ -76,7 +77,7 @@ async def test_a_call_from_hold_to_charge(writer: BookWriter) -> None:
 
 
 async def test_holds_are_extended_released_and_expired_once(writer: BookWriter) -> None:
-    await writer.apply(adjust(10**9), BalanceAdjusted)
+    await writer.apply(adjust(10**9), Booked)
     await writer.apply_all([open_hold(number) for number in (1, 2, 3)])
     extended = await writer.apply(ExtendHold("u", UUID(int=1), timedelta(seconds=100)), HoldChanged)
     assert extended.state is HoldState.OPEN
@@ -91,7 +92,7 @@ async def test_holds_are_extended_released_and_expired_once(writer: BookWriter) 
 
 
 async def test_concurrent_callers_share_batches_and_never_overspend(writer: BookWriter) -> None:
-    await writer.apply(adjust(163_200 * 10), BalanceAdjusted)
+    await writer.apply(adjust(163_200 * 10), Booked)
     answers = await asyncio.gather(*[
         writer.apply_all([open_hold(number, min_output_tokens=100)]) for number in range(1, 101)
     ])

@@ -26,8 +26,9 @@ from servicekit.core.errors import DomainError
 from servicekit.rpc.auth import unknown_scopes
 from servicekit.rpc.status import CODE_OF_REASON
 from servicekit.rpc.validation import RequestValidator
+from tokenstore_service.domain.commands import RecordCharge
 from tokenstore_service.transport import servicers as tokenstore_servicers
-from tokenstore_service.wire.charges import charge_from_record
+from tokenstore_service.wire.charges import CHARGES_TOPIC, command_from_record
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -74,11 +75,17 @@ def test_every_declared_rpc_is_served_and_has_a_scope() -> None:
     ("llm.v1.LLMService", "Generate Stream GetCall ListCalls CancelCall CountTokens"),
     ("llm.v1.ModelService",
      "RegisterModel GetModel ListModels UpdateModel DeleteModel ActivateModel DeactivateModel"),
-    ("tokenstore.v1.BalanceService", "GetBalance BatchGetBalances"),
+    ("tokenstore.v1.BalanceService", "GetBalance BatchGetBalances WatchBalance"),
     ("tokenstore.v1.HoldService", "OpenHolds ExtendHolds ReleaseHolds GetHold ListHolds"),
-    ("tokenstore.v1.ChargeService", "RecordCharges"),
-    ("tokenstore.v1.LedgerService", "ListTransactions GetTransaction AdjustBalance ExplainCharge VerifyLedger"),
-    ("tokenstore.v1.PricingService", "CreatePriceRule UpdatePriceRule ListPriceRules GetPriceRule Quote"),
+    ("tokenstore.v1.ChargeService", "RecordCharges RecordUsage ListChargeIssues ResolveChargeIssue"),
+    ("tokenstore.v1.LedgerService",
+     "ListTransactions GetTransaction ExportTransactions AdjustBalance ReverseTransaction GetConsumption ExplainCharge"
+     " VerifyLedger GetBalanceAt"),
+    ("tokenstore.v1.OrderService",
+     "ListProducts CreateProduct UpdateProduct CreateOrder GetOrder ListOrders ConfirmPayment CloseOrder RefundOrder"),
+    ("tokenstore.v1.PricingService", "CreatePriceRule UpdatePriceRule ListPriceRules GetPriceRule Quote SimulatePricing"),
+    ("tokenstore.v1.BudgetService", "SetBudget ListBudgets DeleteBudget"),
+    ("tokenstore.v1.RewardService", "SetRewardRule ListRewardRules GrantReward"),
 ])
 def test_names_that_outside_clients_use(service: str, names: str) -> None:
     assert set(names.split()) <= set(served_scopes()[f"creditmesh.{service}"])
@@ -113,10 +120,11 @@ def test_the_charge_event_keeps_its_bytes() -> None:
 
 
 def test_what_llm_service_sends_tokenstore_understands() -> None:
-    charge = charge_from_record(
-        charge_requested_to_bytes(RECORD), [("ce_type", b"credit.charge.requested")], validator=RequestValidator(),
+    charge = command_from_record(
+        CHARGES_TOPIC, charge_requested_to_bytes(RECORD), [("ce_type", b"credit.charge.requested")], validator=RequestValidator(),
         now=SystemClock().now(),
     )
+    assert isinstance(charge, RecordCharge)
     assert (charge.event_id, charge.call_id) == (str(RECORD.call_id), RECORD.call_id)
     assert (charge.usage, charge.quote, charge.occurred_at) == (RECORD.usage, RECORD.quote, NOW)
     assert (charge.user_id, charge.request_id, charge.conversation_id) == ("alice", "r1", "c1")

@@ -167,7 +167,7 @@ def test_tokens_scopes_and_their_reload(new_mesh: Callable[..., Mesh], tmp_path:
     )
     mesh.start()
     adjust = ledger_service_pb2.AdjustBalanceRequest(
-        user_id="alice", amount_micros=10**9, reason="x", idempotency_key="k"
+        user_id="alice", amount_micros=10**9, reason="x", reference="x", idempotency_key="k"
     )
     with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED"):
         mesh.ledger.AdjustBalance(adjust, timeout=5)

@@ -45,7 +45,9 @@ def test_llm_service_is_killed(new_mesh: Callable[..., Mesh], upstream: Upstream
     assert load.outcomes["ok"] >= 15
 
 
-@pytest.mark.parametrize("point", [FaultPoint.BEFORE_APPLY_COMMIT, FaultPoint.AFTER_APPLY_COMMIT])
+@pytest.mark.parametrize("point", [
+    FaultPoint.APPLY_LOADED, FaultPoint.APPLY_WRITTEN, FaultPoint.BEFORE_APPLY_COMMIT, FaultPoint.AFTER_APPLY_COMMIT,
+])
 def test_tokenstore_is_killed(new_mesh: Callable[..., Mesh], upstream: Upstream, point: FaultPoint) -> None:
     mesh, load = prepared(new_mesh, upstream, f"tokenstore-{point}")
     load.run(10)

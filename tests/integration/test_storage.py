@@ -33,7 +33,8 @@ from tokenstore_service.storage.book_store import PostgresBookStore
 from tokenstore_service.storage.ledger_reader import PostgresLedgerReader
 from tokenstore_service.usecases.verify_ledger import verify_ledger
 from tokenstore_service.usecases.write_books import BookWriter
-from tokenstore_service.wire.charges import issue_original_to_bytes
+from tokenstore_service.wire.announcements import announcement_of
+from tokenstore_service.wire.charges import issue_original
 
 TABLES = {"tokenstore": tokenstore_service.storage.tables, "llm": llm_service.storage.tables}
 
@@ -57,8 +58,8 @@ async def books(databases: Databases) -> AsyncIterator[tuple[BookWriter, Postgre
     database = Database(url, schema="tokenstore", application_name="test", pool_size=3)
     await database.open()
     writer = BookWriter(
-        PostgresBookStore(database, encode_issue=issue_original_to_bytes), FixedPrices(PRICES), clock=SystemClock(),
-        faults=NoFaults(),
+        PostgresBookStore(database, encode_issue=issue_original, announce=announcement_of), FixedPrices(PRICES),
+        clock=SystemClock(), faults=NoFaults(),
     )
     yield writer, PostgresLedgerReader(database), url
     await writer.close()

@@ -30,6 +30,11 @@ def details_of(error: Any, kind: Any) -> list[Any]:
     return found
 
 
+def facts_of(error: Any) -> dict[str, str]:
+    """The metadata of the ErrorInfo."""
+    return dict(details_of(error, error_details_pb2.ErrorInfo)[0].metadata)
+
+
 def violations_of(error: Any) -> list[str]:
     return [each.field for bad in details_of(error, error_details_pb2.BadRequest) for each in bad.field_violations]
 

@@ -18,12 +18,15 @@ from creditmesh.llm.v1 import llm_service_pb2, llm_service_pb2_grpc, model_servi
 from creditmesh.tokenstore.v1 import (
     balance_service_pb2,
     balance_service_pb2_grpc,
+    budget_service_pb2_grpc,
     charge_service_pb2_grpc,
     hold_service_pb2,
     hold_service_pb2_grpc,
     ledger_service_pb2,
     ledger_service_pb2_grpc,
+    order_service_pb2_grpc,
     pricing_service_pb2_grpc,
+    reward_service_pb2_grpc,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -116,8 +119,11 @@ class Mesh:
         self.llm.start()
         self.wait_until_serving()
 
-    def wait_until_serving(self) -> None:
+    def wait_for_tokenstore(self) -> None:
         self._wait_for(self.tokenstore, self.tokenstore_address)
+
+    def wait_until_serving(self) -> None:
+        self.wait_for_tokenstore()
         self._wait_for(self.llm, self.llm_address)
 
     def stop(self) -> None:
@@ -181,7 +187,27 @@ class Mesh:
     def prices(self) -> Any:
         return self._stub(pricing_service_pb2_grpc.PricingServiceStub, self.tokenstore_address)
 
+    @property
+    def orders(self) -> Any:
+        return self._stub(order_service_pb2_grpc.OrderServiceStub, self.tokenstore_address)
+
+    @property
+    def budgets(self) -> Any:
+        return self._stub(budget_service_pb2_grpc.BudgetServiceStub, self.tokenstore_address)
+
+    @property
+    def rewards(self) -> Any:
+        return self._stub(reward_service_pb2_grpc.RewardServiceStub, self.tokenstore_address)
+
     # What tests do all the time
+
+    @staticmethod
+    def open_holds_request(requests: list[hold_service_pb2.HoldRequest]) -> hold_service_pb2.OpenHoldsRequest:
+        return hold_service_pb2.OpenHoldsRequest(requests=requests)
+
+    @staticmethod
+    def release_request(user: str, hold_id: str) -> hold_service_pb2.ReleaseHoldsRequest:
+        return hold_service_pb2.ReleaseHoldsRequest(holds=[{"user_id": user, "hold_id": hold_id}])
 
     def register(self, alias: str, base_url: str, behaviour: str, **fields: Any) -> str:
         model = model_service_pb2.Model(
@@ -193,7 +219,7 @@ class Mesh:
 
     def credit(self, user: str, micros: int, *, key: str = "welcome") -> None:
         self.ledger.AdjustBalance(ledger_service_pb2.AdjustBalanceRequest(
-            user_id=user, amount_micros=micros, reason="test", idempotency_key=key
+            user_id=user, amount_micros=micros, reason="test", reference="test", idempotency_key=key
         ), timeout=10)
 
     def balance(self, user: str) -> balance_service_pb2.Balance:

@@ -12,7 +12,12 @@ MOST_MICROS = 9 * 10**18
 
 @dataclass(slots=True)
 class Account:
-    """An account as of its entry `seq`; micro-credits. `head_hash` is the hash of that entry."""
+    """An account as of its entry `seq`; micro-credits. `head_hash` is the hash of that entry.
+
+    `head_lot` is the lot that is spent next, with what remains of it, so that a charge that fits into it touches no
+    lot's row: that row lags behind and is brought up to date when another lot takes its place.
+    `version` counts every change, holds included; a snapshot with a lower one is older (I12).
+    """
 
     user_id: str
     balance_micros: int = 0
@@ -24,6 +29,13 @@ class Account:
     seq: int = 0
     head_hash: bytes = field(default=GENESIS_HASH, repr=False)
     updated_at: datetime | None = None
+    version: int = 0
+    head_lot: int = 0
+    head_lot_micros: int = 0
+    next_expiry_at: datetime | None = None
+    has_budgets: bool = False
+    low_level: int = 0
+    """How many of the low-balance thresholds the balance is under."""
 
     @property
     def available_micros(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
 from uuid import UUID
@@ -42,6 +43,9 @@ class Hold:
     opened_at: datetime
     expires_at: datetime
     closed_at: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    budget_ids: tuple[str, ...] = ()
+    """The budgets whose held_micros this hold counts in."""
 
 
 @dataclass(frozen=True, slots=True)

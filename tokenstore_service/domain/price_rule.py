@@ -9,10 +9,10 @@ from enum import IntEnum
 
 from metering.charge import MOST_PER_CALL_PICO, MOST_RATE_PICO, Quote, Rates
 from tokenstore_service.domain.errors import AmountOutOfRange
+from tokenstore_service.domain.period import EPOCH
 
 ANY = "*"
 FULL_BPS = 10_000
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class PriceRuleStatus(IntEnum):
@@ -20,6 +20,14 @@ class PriceRuleStatus(IntEnum):
 
     ACTIVE = 1
     INACTIVE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPrice:
+    """Micro-units of the currency for one unit of something that is not tokens."""
+
+    unit_type: str
+    price_micros: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +57,22 @@ class PriceRule:
     description: str
     created_at: datetime
     rates: Rates = Rates()
+    unit_prices: tuple[UnitPrice, ...] = ()
 
     @property
     def effective_from(self) -> datetime:
         return self.valid_from or self.created_at
+
+    def unit_pico(self, unit_type: str) -> int:
+        """Pico-credits for one unit. Raises KeyError."""
+        prices = {price.unit_type: price.price_micros for price in self.unit_prices}
+        return rate_pico(
+            prices[unit_type] * 1_000_000, credits_per_currency_unit=self.credits_per_currency_unit,
+            markup_bps=self.markup_bps,
+        )
+
+    def prices_unit(self, unit_type: str) -> bool:
+        return any(price.unit_type == unit_type for price in self.unit_prices)
 
     @property
     def quote(self) -> Quote:
@@ -91,8 +111,11 @@ def with_rates(rule: PriceRule) -> PriceRule:
         rates.input_pico, rates.cached_input_pico, rates.cache_write_pico, rates.output_pico, rates.reasoning_pico,
         rates.input_audio_pico, rates.output_audio_pico,
     )
-    if max(per_token) > MOST_RATE_PICO or rates.per_call_pico > MOST_PER_CALL_PICO:
-        raise AmountOutOfRange("a token would cost more than one credit, or a call more than 1 000 000 credits")
+    per_unit = max((rule.unit_pico(price.unit_type) for price in rule.unit_prices), default=0)
+    if max(per_token) > MOST_RATE_PICO or max(rates.per_call_pico, per_unit) > MOST_PER_CALL_PICO:
+        raise AmountOutOfRange(
+            "a token would cost more than one credit, or a call or a unit more than 1 000 000 credits"
+        )
     return replace(rule, rates=rates)
 
 
@@ -107,11 +130,12 @@ def _rank(rule: PriceRule) -> tuple[bool, bool, bool, int, datetime, str]:
 
 
 def match_rule(
-    rules: Iterable[PriceRule], *, scene: str, provider: str, model: str, at: datetime
+    rules: Iterable[PriceRule], *, scene: str, provider: str, model: str, at: datetime, unit_type: str = ""
 ) -> PriceRule | None:
     """The rule for a call at a moment: exact beats "*" (model, provider, scene), then priority, then the newest.
 
-    `rules` are all versions of all rules. Of each rule, the newest version that is in effect counts.
+    `rules` are all versions of all rules. Of each rule, the newest version that is in effect counts. With a unit type,
+    only rules that price that unit are looked at.
     """
     in_effect: dict[str, PriceRule] = {}
     for rule in rules:
@@ -122,9 +146,30 @@ def match_rule(
     candidates = [
         rule for rule in in_effect.values()
         if rule.status is PriceRuleStatus.ACTIVE and _matches(rule.model, model) and _matches(rule.provider, provider)
-        and _matches(rule.scene, scene)
+        and _matches(rule.scene, scene) and (not unit_type or rule.prices_unit(unit_type))
     ]
     return max(candidates, key=_rank, default=None)
+
+
+def overlapping_rule(rules: Iterable[PriceRule], draft: PriceRule) -> PriceRule | None:
+    """Another active rule for the same calls, at the same priority, at some moment of the draft's validity.
+
+    `rules` are the newest versions. Such a pair would be told apart by age alone, which nobody means.
+    """
+    if draft.status is not PriceRuleStatus.ACTIVE:
+        return None
+    for rule in rules:
+        same = all(
+            getattr(rule, name).casefold() == getattr(draft, name).casefold() for name in ("scene", "provider", "model")
+        )
+        if (
+            same and rule.rule_id != draft.rule_id and rule.status is PriceRuleStatus.ACTIVE
+            and rule.priority == draft.priority
+            and (rule.valid_to is None or draft.effective_from < rule.valid_to)
+            and (draft.valid_to is None or rule.effective_from < draft.valid_to)
+        ):
+            return rule
+    return None
 
 
 class PriceBook:
@@ -133,21 +178,30 @@ class PriceBook:
     def __init__(self, rules: Sequence[PriceRule] = ()) -> None:
         self._rules = tuple(rules)
         self._by_version = {(rule.rule_id, rule.version): rule for rule in rules}
-        self._matched: dict[tuple[str, str, str], PriceRule | None] = {}
+        self._matched: dict[tuple[str, str, str, str], PriceRule | None] = {}
         self._matched_from = EPOCH
         self._matched_until = EPOCH
 
     def version(self, rule_id: str, version: int) -> PriceRule | None:
         return self._by_version.get((rule_id, version))
 
-    def match(self, *, scene: str, provider: str, model: str, at: datetime) -> PriceRule | None:
+    def with_draft(self, draft: PriceRule) -> PriceBook:
+        """The same book with `draft` in the place of the rule with its id, from the beginning of time."""
+        others = [rule for rule in self._rules if rule.rule_id != draft.rule_id]
+        return PriceBook([*others, draft])
+
+    def match(
+        self, *, scene: str, provider: str, model: str, at: datetime, unit_type: str = ""
+    ) -> PriceRule | None:
         if not self._matched_from <= at < self._matched_until:
             self._begin_stretch(at)
-        key = (scene, provider, model)
+        key = (scene, provider, model, unit_type)
         if key not in self._matched:
             if len(self._matched) > 10_000:
                 self._matched.clear()
-            self._matched[key] = match_rule(self._rules, scene=scene, provider=provider, model=model, at=at)
+            self._matched[key] = match_rule(
+                self._rules, scene=scene, provider=provider, model=model, at=at, unit_type=unit_type
+            )
         return self._matched[key]
 
     def _begin_stretch(self, at: datetime) -> None:

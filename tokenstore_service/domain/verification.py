@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from tokenstore_service.domain.account import GENESIS_HASH, Account
-from tokenstore_service.domain.entry import Entry, EntrySource, entry_hash
+from tokenstore_service.domain.consumption import Consumption, ConsumptionKey
+from tokenstore_service.domain.entry import Entry, entry_hash
+from tokenstore_service.domain.lot import Lot
+from tokenstore_service.domain.replay import Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,54 +23,66 @@ class Finding:
     detail: str
 
 
+def _remaining(lots: Iterable[Lot]) -> dict[int, tuple[int, datetime | None]]:
+    return {lot.seq: (lot.remaining_micros, lot.expires_at) for lot in lots if lot.remaining_micros}
+
+
 @dataclass(slots=True)
 class ChainCheck:
     """Walks one account's entries in the order of seq; entries come in pieces, memory stays flat."""
 
     user_id: str
-    seq: int = 0
-    balance_micros: int = 0
-    rewarded_micros: int = 0
-    recharged_micros: int = 0
-    consumed_micros: int = 0
+    replay: Replay = field(init=False)
     head_hash: bytes = GENESIS_HASH
     findings: list[Finding] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.replay = Replay(Account(self.user_id))
+
     def add(self, entry: Entry) -> None:
-        if entry.seq != self.seq + 1:
-            self._find(entry.seq, "SEQ_GAP", f"expected entry {self.seq + 1}, found {entry.seq}")
-        self.balance_micros += entry.amount_micros
-        if entry.balance_after_micros != self.balance_micros:
-            self._find(
-                entry.seq, "BALANCE_AFTER_MISMATCH",
-                f"the entries sum to {self.balance_micros}, the entry says {entry.balance_after_micros}",
-            )
-            self.balance_micros = entry.balance_after_micros
+        made = self.replay.account
+        if entry.seq != made.seq + 1:
+            self._find(entry.seq, "SEQ_GAP", f"expected entry {made.seq + 1}, found {entry.seq}")
         if entry_hash(self.head_hash, entry) != entry.entry_hash:
             self._find(entry.seq, "HASH_MISMATCH", "the entry or the one before it is not as it was booked")
-        self._add_to_totals(entry)
-        self.seq = entry.seq
+        wrong = self.replay.add(entry)
+        if entry.balance_after_micros != made.balance_micros:
+            self._find(
+                entry.seq, "BALANCE_AFTER_MISMATCH",
+                f"the entries sum to {made.balance_micros}, the entry says {entry.balance_after_micros}",
+            )
+            made.balance_micros = entry.balance_after_micros
+        elif wrong:
+            self._find(entry.seq, "LOT_MISMATCH", wrong)
         self.head_hash = entry.entry_hash
 
-    def finish(self, account: Account, *, held_micros: int) -> list[Finding]:
+    def finish(
+        self, account: Account, *, held_micros: int, lots: Iterable[Lot] = (),
+        consumption: Mapping[ConsumptionKey, Consumption] | None = None,
+    ) -> list[Finding]:
         """Compares with the account; `held_micros` is the sum of its open holds."""
-        self._compare("HEAD_MISMATCH", "newest entry", self.seq, account.seq)
-        if self.seq == account.seq and self.head_hash != account.head_hash:
+        made = self.replay.account
+        self._compare("HEAD_MISMATCH", "newest entry", made.seq, account.seq)
+        if made.seq == account.seq and self.head_hash != account.head_hash:
             self._find(0, "HEAD_MISMATCH", "the hash of the newest entry is not the account's")
-        self._compare("BALANCE_MISMATCH", "balance", self.balance_micros, account.balance_micros)
+        self._compare("BALANCE_MISMATCH", "balance", made.balance_micros, account.balance_micros)
         self._compare("HELD_MISMATCH", "held", held_micros, account.held_micros)
-        self._compare("TOTALS_MISMATCH", "total recharged", self.recharged_micros, account.total_recharged_micros)
-        self._compare("TOTALS_MISMATCH", "total rewarded", self.rewarded_micros, account.total_rewarded_micros)
-        self._compare("TOTALS_MISMATCH", "total consumed", self.consumed_micros, account.total_consumed_micros)
+        for name in ("recharged", "rewarded", "consumed"):
+            field_name = f"total_{name}_micros"
+            self._compare(
+                "TOTALS_MISMATCH", f"total {name}", getattr(made, field_name), getattr(account, field_name)
+            )
+        self._compare_lots(lots)
+        if consumption is not None and dict(consumption) != self.replay.consumption:
+            self._find(0, "CONSUMPTION_MISMATCH", "the sums by hour are not those of the entries")
         return self.findings
 
-    def _add_to_totals(self, entry: Entry) -> None:
-        if entry.amount_micros < 0:
-            self.consumed_micros -= entry.amount_micros
-        elif entry.source is EntrySource.PURCHASE:
-            self.recharged_micros += entry.amount_micros
-        else:
-            self.rewarded_micros += entry.amount_micros
+    def _compare_lots(self, lots: Iterable[Lot]) -> None:
+        stored = _remaining(lots)
+        made = _remaining(self.replay.lots.values())
+        for seq in sorted(stored.keys() | made.keys()):
+            if stored.get(seq) != made.get(seq):
+                self._find(0, "LOT_MISMATCH", f"lot {seq}: the books make {made.get(seq)}, found {stored.get(seq)}")
 
     def _compare(self, kind: str, what: str, computed: int, stored: int) -> None:
         if computed != stored:

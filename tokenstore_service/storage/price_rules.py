@@ -12,7 +12,8 @@ from psycopg import errors
 from servicekit.core.errors import DomainError
 from servicekit.db.database import Database
 from servicekit.telemetry.logs import EventLogger
-from tokenstore_service.domain.price_rule import PriceBook, PriceRule, PriceRuleStatus
+from tokenstore_service.domain.errors import PriceRuleOverlap
+from tokenstore_service.domain.price_rule import PriceBook, PriceRule, PriceRuleStatus, overlapping_rule
 from tokenstore_service.storage.row_mapping import PRICE_RULE_COLUMNS, price_rule_from_row, price_rule_to_row
 from tokenstore_service.usecases.ports import VersionTaken
 
@@ -22,11 +23,14 @@ REFRESH_SECONDS = 1.0
 
 ALL = f"SELECT {PRICE_RULE_COLUMNS} FROM price_rule"
 STAMP = "SELECT count(*), max(created_at) FROM price_rule"
+# Rules change rarely: one at a time, so that two can not overlap each other unseen.
+LOCK = "LOCK TABLE price_rule IN SHARE ROW EXCLUSIVE MODE"
+NEWEST_VERSIONS = f"SELECT DISTINCT ON (rule_id) {PRICE_RULE_COLUMNS} FROM price_rule ORDER BY rule_id, version DESC"
 BY_KEY = f"{ALL} WHERE idempotency_key = %s"
 NEWEST = f"{ALL} WHERE rule_id = %s ORDER BY version DESC LIMIT 1"
 VERSION = f"{ALL} WHERE rule_id = %s AND version = %s"
 INSERT = f"""
-INSERT INTO price_rule ({PRICE_RULE_COLUMNS}, idempotency_key) VALUES ({', '.join(['%s'] * 31)})
+INSERT INTO price_rule ({PRICE_RULE_COLUMNS}, idempotency_key) VALUES ({', '.join(['%s'] * 32)})
 """
 NEWEST_OF_ALL = f"""
 SELECT first_made, {PRICE_RULE_COLUMNS} FROM (
@@ -50,7 +54,16 @@ class PostgresPriceRules:
 
     async def add(self, rule: PriceRule, *, idempotency_key: str) -> PriceRule:
         try:
-            async with self._database.connection() as connection:
+            async with self._database.transaction() as connection:
+                await connection.execute(LOCK)
+                rows = await (await connection.execute(NEWEST_VERSIONS)).fetchall()
+                other = overlapping_rule(map(price_rule_from_row, rows), rule)
+                if other is not None:
+                    raise PriceRuleOverlap(
+                        f"rule {other.rule_id} v{other.version} matches the same calls at the same time with the same"
+                        " priority: change that rule, or give this one another priority or validity",
+                        rule_id=other.rule_id, version=other.version,
+                    )
                 await connection.execute(INSERT, (*price_rule_to_row(rule), idempotency_key))
         except errors.UniqueViolation as error:
             stored = await self.by_key(idempotency_key)

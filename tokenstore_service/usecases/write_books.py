@@ -6,7 +6,7 @@ Holds and charges that arrive together share a transaction and its commit, and n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -16,13 +16,18 @@ from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable
 from servicekit.core.faults import FaultPoint, Faults
 from servicekit.core.offsets import OffsetMove
-from tokenstore_service.domain.book import Book, keys_of
+from tokenstore_service.domain.account import Account
+from tokenstore_service.domain.book import Book, keys_of, wanted_by
 from tokenstore_service.domain.commands import Answer, Command, RecordCharge
+from tokenstore_service.domain.policy import DEFAULT_POLICY, Policy
+from tokenstore_service.domain.pricing import price_charges
+from tokenstore_service.domain.rules import apply
 from tokenstore_service.usecases.ports import BookStore, Prices, TransientFailure
 
 MOST_COMMANDS = 500
 LINGER_SECONDS = 0.004
 MOST_TRIES = 6
+COMMANDS_BETWEEN_SENDS = 100
 
 AnyAnswer = TypeVar("AnyAnswer")
 
@@ -42,12 +47,15 @@ class BookWriter:
     """Applies commands. Every command is idempotent, so that a batch whose commit is in doubt is simply tried again."""
 
     def __init__(
-        self, store: BookStore, prices: Prices, *, clock: Clock, faults: Faults, linger_seconds: float = LINGER_SECONDS
+        self, store: BookStore, prices: Prices, *, clock: Clock, faults: Faults, policy: Policy = DEFAULT_POLICY,
+        linger_seconds: float = LINGER_SECONDS, on_committed: Callable[[Sequence[Account]], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._prices = prices
         self._clock = clock
         self._faults = faults
+        self._policy = policy
+        self._on_committed = on_committed
         self._batcher: MicroBatcher[_Group, Answers] = MicroBatcher(
             self._run_groups, name="books", most_items=MOST_COMMANDS, linger_seconds=linger_seconds,
             weigh=lambda group: len(group.commands),
@@ -101,15 +109,25 @@ class BookWriter:
             for command in commands if isinstance(command, RecordCharge) and command.quote
         }
         await self._prices.ensure(quoted)
+        now, prices = self._clock.now(), self._prices.book
+        keys = keys_of(commands, now)
+        priced = price_charges(commands, prices)
         async with self._store.begin() as unit:
-            loaded = await unit.load(keys_of(commands))
-            book = Book(
-                accounts=loaded.accounts, holds=loaded.holds, entries=loaded.entries, prices=self._prices.book,
-                now=self._clock.now(),
-            )
-            answers = iter([book.apply(command) for command in commands])
+            loaded = await unit.load(keys)
+            wanted = wanted_by(loaded, keys, commands, priced, now)
+            if wanted:
+                loaded = await unit.load_more(loaded, wanted)
+            self._faults.reach(FaultPoint.APPLY_LOADED)
+            book = Book(loaded, prices=prices, now=now, policy=self._policy, priced=priced)
+            made: list[Answer | Exception] = []
+            for begin in range(0, len(commands), COMMANDS_BETWEEN_SENDS):
+                made += [apply(book, command) for command in commands[begin:begin + COMMANDS_BETWEEN_SENDS]]
+                await unit.send(book)
+            book.finish()
+            answers = iter(made)
             await unit.save(book, moves)
             self._faults.reach(FaultPoint.BEFORE_APPLY_COMMIT)
             await unit.commit()
         self._faults.reach(FaultPoint.AFTER_APPLY_COMMIT)
+        self._on_committed([*book.new_accounts, *book.changed_accounts])
         return [[next(answers) for _ in group.commands] for group in groups]

@@ -8,7 +8,7 @@ from servicekit.rpc.times import optional_timestamp_to_proto
 from tokenstore_service.domain.account import Account
 
 
-def balance_to_proto(account: Account) -> balance_service_pb2.Balance:
+def balance_to_proto(account: Account, *, source: str = "db") -> balance_service_pb2.Balance:
     return balance_service_pb2.Balance(
         user_id=account.user_id,
         balance_micros=account.balance_micros,
@@ -21,5 +21,6 @@ def balance_to_proto(account: Account) -> balance_service_pb2.Balance:
         total_consumed_micros=account.total_consumed_micros,
         seq=account.seq,
         updated_at=optional_timestamp_to_proto(account.updated_at),
-        source="db",
+        source=source,
+        version=account.version,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from creditmesh.events.v1 import charge_requested_pb2
+from creditmesh.events.v1 import charge_requested_pb2, reward_requested_pb2
 from creditmesh.tokenstore.v1 import charge_service_pb2
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from metering.wire import quote_from_proto, quote_to_proto, usage_from_proto, usage_to_proto
 from servicekit.core.errors import InvalidField
@@ -16,11 +18,32 @@ from servicekit.kafka.events import JSON, header_of
 from servicekit.rpc.times import timestamp_from_proto, timestamp_to_proto
 from servicekit.rpc.validation import RequestValidator
 from tokenstore_service.domain.commands import ChargeIssue, ChargeRecorded, RecordCharge
+from tokenstore_service.usecases.ports import EncodedIssue
+from tokenstore_service.wire.usage_events import (
+    USAGE_RECORDED,
+    USAGE_TOPIC,
+    USAGE_TYPE,
+    usage_charge_from_bytes,
+    usage_charge_to_proto,
+)
 
 CHARGES_TOPIC = "creditmesh.charges.v1"
+REWARDS_TOPIC = "creditmesh.rewards.v1"
 DEAD_LETTERS_TOPIC = "creditmesh.dlq.v1"
 CHARGE_REQUESTED = "credit.charge.requested"
+REWARD_REQUESTED = "billing.reward.requested"
+CHARGE_TYPE = "creditmesh.events.v1.ChargeRequested"
 DEFAULT_SCENE = "chat"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardAsked:
+    """An event that earns, before its rule is known."""
+
+    event_id: str
+    user_id: str
+    source: str
+    source_ref_id: str
 
 
 def charge_from_proto(message: charge_requested_pb2.ChargeRequested, *, now: datetime, field: str = "") -> RecordCharge:
@@ -33,22 +56,26 @@ def charge_from_proto(message: charge_requested_pb2.ChargeRequested, *, now: dat
         request_id=message.request_id, scene=message.scene or DEFAULT_SCENE, provider=message.provider,
         model=message.model, usage=usage_from_proto(message.usage),
         quote=quote_from_proto(message.quote) if message.HasField("quote") else None, occurred_at=occurred_at,
-        skip_charge=message.skip_charge, conversation_id=message.conversation_id,
+        skip_charge=message.skip_charge, conversation_id=message.conversation_id, labels=dict(message.labels),
     )
 
 
 def charge_to_proto(charge: RecordCharge) -> charge_requested_pb2.ChargeRequested:
+    assert charge.usage is not None
     return charge_requested_pb2.ChargeRequested(
         event_id=charge.event_id, call_id=str(charge.call_id or ""), user_id=charge.user_id,
         request_id=charge.request_id, scene=charge.scene, provider=charge.provider, model=charge.model,
         usage=usage_to_proto(charge.usage), quote=quote_to_proto(charge.quote) if charge.quote else None,
         occurred_at=timestamp_to_proto(charge.occurred_at), skip_charge=charge.skip_charge,
-        conversation_id=charge.conversation_id,
+        conversation_id=charge.conversation_id, labels=dict(charge.labels),
     )
 
 
-def issue_original_to_bytes(issue: ChargeIssue) -> bytes:
-    return charge_to_proto(issue.original).SerializeToString(deterministic=True)
+def issue_original(issue: ChargeIssue) -> EncodedIssue:
+    original = issue.original
+    if original.units is not None:
+        return EncodedIssue(usage_charge_to_proto(original).SerializeToString(deterministic=True), USAGE_TYPE)
+    return EncodedIssue(charge_to_proto(original).SerializeToString(deterministic=True), CHARGE_TYPE)
 
 
 def record_result_to_proto(answer: ChargeRecorded) -> charge_service_pb2.RecordResult:
@@ -59,23 +86,83 @@ def record_result_to_proto(answer: ChargeRecorded) -> charge_service_pb2.RecordR
 
 
 class UndecodableEvent(Exception):
-    """The record is no charge event; the text says why."""
+    """The record is no event of its topic; the text says why."""
+
+    def __init__(self, reason: str, *, user_id: str = "", event_id: str = "") -> None:
+        super().__init__(reason)
+        self.user_id = user_id
+        self.event_id = event_id
 
 
-def charge_from_record(
-    value: bytes | None, headers: list[tuple[str, bytes]], *, validator: RequestValidator, now: datetime
-) -> RecordCharge:
-    """A Kafka record's charge; protobuf, or JSON by its content type. Raises UndecodableEvent."""
+def command_from_record(
+    topic: str, value: bytes | None, headers: Sequence[tuple[str, bytes]], *, validator: RequestValidator,
+    now: datetime,
+) -> RecordCharge | RewardAsked:
+    """What a Kafka record asks for, by its topic (without the prefix); protobuf, or JSON by its content type. Raises
+    UndecodableEvent."""
+    expected, read = READERS[topic]
     event_type = header_of(headers, "ce_type")
-    if event_type is not None and event_type != CHARGE_REQUESTED.encode():
+    if event_type is not None and event_type != expected.encode():
         raise UndecodableEvent(f"ce_type is {event_type!r}")
-    message = charge_requested_pb2.ChargeRequested()
+    content_type = (header_of(headers, "content-type") or b"").partition(b";")[0].strip()
     try:
-        if header_of(headers, "content-type") == JSON:
-            json_format.Parse(value or b"", message, ignore_unknown_fields=True)
-        else:
-            message.ParseFromString(value or b"")
-        validator.check(message)
-        return charge_from_proto(message, now=now)
+        return read(
+            value or b"", content_type == JSON, (header_of(headers, "ce_id") or b"").decode(), validator, now
+        )
     except (DecodeError, json_format.ParseError, InvalidField, UnicodeDecodeError) as error:
         raise UndecodableEvent(str(error)) from None
+
+
+def charge_from_original(
+    content_type: str, original: bytes, *, validator: RequestValidator, now: datetime
+) -> RecordCharge:
+    """What an issue was about. Raises UndecodableEvent."""
+    topic = {CHARGE_TYPE: CHARGES_TOPIC, USAGE_TYPE: USAGE_TOPIC}.get(content_type)
+    if topic is None:
+        raise UndecodableEvent(f"{content_type} is not known")
+    command = command_from_record(topic, original, [], validator=validator, now=now)
+    assert isinstance(command, RecordCharge)
+    return command
+
+
+def _parsed(message: Message, value: bytes, is_json: bool, validator: RequestValidator) -> None:
+    if is_json:
+        json_format.Parse(value, message, ignore_unknown_fields=True)
+    else:
+        message.ParseFromString(value)
+    validator.check(message)
+
+
+def _read_charge(
+    value: bytes, is_json: bool, event_id: str, validator: RequestValidator, now: datetime
+) -> RecordCharge:
+    message = charge_requested_pb2.ChargeRequested()
+    _parsed(message, value, is_json, validator)
+    return charge_from_proto(message, now=now)
+
+
+def _read_usage(
+    value: bytes, is_json: bool, event_id: str, validator: RequestValidator, now: datetime
+) -> RecordCharge:
+    return usage_charge_from_bytes(value, is_json=is_json, now=now, event_id=event_id)
+
+
+def _read_reward(
+    value: bytes, is_json: bool, event_id: str, validator: RequestValidator, now: datetime
+) -> RewardAsked:
+    message = reward_requested_pb2.RewardRequested()
+    if is_json:
+        json_format.Parse(value, message, ignore_unknown_fields=True)
+    else:
+        message.ParseFromString(value)
+    message.event_id = message.event_id or event_id
+    validator.check(message)
+    return RewardAsked(message.event_id, message.user_id, message.source, message.source_ref_id)
+
+
+Reader = Callable[[bytes, bool, str, RequestValidator, datetime], RecordCharge | RewardAsked]
+READERS: dict[str, tuple[str, Reader]] = {
+    CHARGES_TOPIC: (CHARGE_REQUESTED, _read_charge),
+    USAGE_TOPIC: (USAGE_RECORDED, _read_usage),
+    REWARDS_TOPIC: (REWARD_REQUESTED, _read_reward),
+}

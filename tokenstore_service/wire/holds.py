@@ -13,6 +13,7 @@ from servicekit.core.errors import InvalidField
 from servicekit.rpc.times import duration_from_proto, optional_timestamp_to_proto, timestamp_to_proto
 from tokenstore_service.domain.commands import HoldChanged, HoldGranted, HoldRefused, OpenHold
 from tokenstore_service.domain.hold import Hold
+from tokenstore_service.wire.budgets import budget_to_proto
 
 DEFAULT_SCENE = "chat"
 DEFAULT_TTL = timedelta(seconds=60)
@@ -33,6 +34,7 @@ def open_hold_from_proto(message: hold_service_pb2.HoldRequest, *, index: int) -
         min_output_tokens=message.min_output_tokens,
         ttl=ttl_from_proto(message.ttl if message.HasField("ttl") else None),
         request_fingerprint=message.request_fingerprint, skip_charge=message.skip_charge, origin=message.origin,
+        labels=dict(message.labels),
     )
 
 
@@ -40,7 +42,8 @@ def hold_result_to_proto(answer: HoldGranted | HoldRefused) -> hold_service_pb2.
     if isinstance(answer, HoldRefused):
         return hold_service_pb2.HoldResult(refused=hold_service_pb2.RefusedHold(
             reason=answer.reason, needed_micros=answer.needed_micros, available_micros=answer.available_micros,
-            existing_call_id=answer.existing_call_id,
+            existing_call_id=answer.existing_call_id, budget=budget_to_proto(answer.budget) if answer.budget else None,
+            resets_at=optional_timestamp_to_proto(answer.resets_at),
         ))
     hold = answer.hold
     return hold_service_pb2.HoldResult(granted=hold_service_pb2.GrantedHold(

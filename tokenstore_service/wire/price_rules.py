@@ -9,7 +9,7 @@ from creditmesh.tokenstore.v1 import pricing_service_pb2
 from metering.wire import rates_to_proto
 from servicekit.core.errors import InvalidField
 from servicekit.rpc.times import optional_timestamp_to_proto, timestamp_from_proto
-from tokenstore_service.domain.price_rule import ANY, PriceRule, PriceRuleStatus
+from tokenstore_service.domain.price_rule import ANY, PriceRule, PriceRuleStatus, UnitPrice
 
 
 def _optional(message: pricing_service_pb2.PriceRule, field: str) -> int | None:
@@ -20,6 +20,13 @@ def _time(message: pricing_service_pb2.PriceRule, field: str) -> datetime | None
     if not message.HasField(field):  # type: ignore[arg-type]  # by name
         return None
     return timestamp_from_proto(getattr(message, field), field=f"price_rule.{field}")
+
+
+def _unit_prices(message: pricing_service_pb2.PriceRule) -> tuple[UnitPrice, ...]:
+    prices = [UnitPrice(each.unit_type.casefold(), each.price_micros) for each in message.unit_prices]
+    if len({price.unit_type for price in prices}) < len(prices):
+        raise InvalidField.of("price_rule.unit_prices", "must price each unit once")
+    return tuple(sorted(prices, key=lambda price: price.unit_type))
 
 
 def price_rule_from_proto(message: pricing_service_pb2.PriceRule, *, now: datetime) -> PriceRule:
@@ -39,6 +46,7 @@ def price_rule_from_proto(message: pricing_service_pb2.PriceRule, *, now: dateti
         markup_bps=message.markup_bps, priority=message.priority,
         status=PriceRuleStatus(message.status or PriceRuleStatus.ACTIVE), valid_from=_time(message, "valid_from"),
         valid_to=_time(message, "valid_to"), description=message.description, created_at=now,
+        unit_prices=_unit_prices(message),
     )
 
 
@@ -56,4 +64,8 @@ def price_rule_to_proto(rule: PriceRule) -> pricing_service_pb2.PriceRule:
         valid_from=optional_timestamp_to_proto(rule.valid_from), valid_to=optional_timestamp_to_proto(rule.valid_to),
         description=rule.description, rates=rates_to_proto(rule.rates),
         created_at=optional_timestamp_to_proto(rule.created_at),
+        unit_prices=[
+            pricing_service_pb2.UnitPrice(unit_type=price.unit_type, price_micros=price.price_micros)
+            for price in rule.unit_prices
+        ],
     )

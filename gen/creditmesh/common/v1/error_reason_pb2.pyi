@@ -76,6 +76,36 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """CANCELLED: the caller or CancelCall ended the call."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
     """INTERNAL: our bug; the log of this service has the trace under the request id in metadata."""
+    ERROR_REASON_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 27
+    """RESOURCE_EXHAUSTED: a budget leaves too little; `google.rpc.QuotaFailure`; metadata: budget_id, label_key,
+    label_value, period, limit_micros, needed_micros, available_micros, resets_at.
+    """
+    ERROR_REASON_TRANSACTION_NOT_REVERSIBLE: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION: the entry was reversed before (metadata: seq), or is of a kind that can not be."""
+    ERROR_REASON_PRICE_RULE_OVERLAP: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION: another active rule matches the same calls at the same time; metadata: rule_id, version."""
+    ERROR_REASON_PRODUCT_NOT_FOUND: _ErrorReason.ValueType  # 30
+    """NOT_FOUND: no such product."""
+    ERROR_REASON_PRODUCT_NOT_AVAILABLE: _ErrorReason.ValueType  # 31
+    """FAILED_PRECONDITION: the product is no longer sold."""
+    ERROR_REASON_PURCHASE_LIMIT_REACHED: _ErrorReason.ValueType  # 32
+    """RESOURCE_EXHAUSTED: the user has bought all that a period allows; metadata: resets_at; `google.rpc.QuotaFailure`."""
+    ERROR_REASON_ORDER_NOT_FOUND: _ErrorReason.ValueType  # 33
+    """NOT_FOUND: no such order, or another user's."""
+    ERROR_REASON_ORDER_NOT_PAYABLE: _ErrorReason.ValueType  # 34
+    """FAILED_PRECONDITION: the order is in a state in which this can not be done."""
+    ERROR_REASON_ORDER_NOT_REFUNDABLE: _ErrorReason.ValueType  # 35
+    """FAILED_PRECONDITION: not so much can be given back; metadata: refundable_micros, unspent_micros."""
+    ERROR_REASON_PAYMENT_REFUSED: _ErrorReason.ValueType  # 36
+    """PERMISSION_DENIED: no known provider signed this for this order."""
+    ERROR_REASON_REWARD_RULE_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND: no reward for this source."""
+    ERROR_REASON_BUDGET_NOT_FOUND: _ErrorReason.ValueType  # 38
+    """NOT_FOUND: no such budget."""
+    ERROR_REASON_CHARGE_ISSUE_NOT_FOUND: _ErrorReason.ValueType  # 39
+    """NOT_FOUND: no such issue."""
+    ERROR_REASON_CHARGE_ISSUE_NOT_RESOLVABLE: _ErrorReason.ValueType  # 40
+    """FAILED_PRECONDITION: the issue is closed, or this action does not help it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that `google.rpc.ErrorInfo.reason` can carry, without the prefix: `INVALID_FIELD`, ...
@@ -136,4 +166,34 @@ ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 25
 """CANCELLED: the caller or CancelCall ended the call."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """INTERNAL: our bug; the log of this service has the trace under the request id in metadata."""
+ERROR_REASON_BUDGET_EXCEEDED: ErrorReason.ValueType  # 27
+"""RESOURCE_EXHAUSTED: a budget leaves too little; `google.rpc.QuotaFailure`; metadata: budget_id, label_key,
+label_value, period, limit_micros, needed_micros, available_micros, resets_at.
+"""
+ERROR_REASON_TRANSACTION_NOT_REVERSIBLE: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION: the entry was reversed before (metadata: seq), or is of a kind that can not be."""
+ERROR_REASON_PRICE_RULE_OVERLAP: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION: another active rule matches the same calls at the same time; metadata: rule_id, version."""
+ERROR_REASON_PRODUCT_NOT_FOUND: ErrorReason.ValueType  # 30
+"""NOT_FOUND: no such product."""
+ERROR_REASON_PRODUCT_NOT_AVAILABLE: ErrorReason.ValueType  # 31
+"""FAILED_PRECONDITION: the product is no longer sold."""
+ERROR_REASON_PURCHASE_LIMIT_REACHED: ErrorReason.ValueType  # 32
+"""RESOURCE_EXHAUSTED: the user has bought all that a period allows; metadata: resets_at; `google.rpc.QuotaFailure`."""
+ERROR_REASON_ORDER_NOT_FOUND: ErrorReason.ValueType  # 33
+"""NOT_FOUND: no such order, or another user's."""
+ERROR_REASON_ORDER_NOT_PAYABLE: ErrorReason.ValueType  # 34
+"""FAILED_PRECONDITION: the order is in a state in which this can not be done."""
+ERROR_REASON_ORDER_NOT_REFUNDABLE: ErrorReason.ValueType  # 35
+"""FAILED_PRECONDITION: not so much can be given back; metadata: refundable_micros, unspent_micros."""
+ERROR_REASON_PAYMENT_REFUSED: ErrorReason.ValueType  # 36
+"""PERMISSION_DENIED: no known provider signed this for this order."""
+ERROR_REASON_REWARD_RULE_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND: no reward for this source."""
+ERROR_REASON_BUDGET_NOT_FOUND: ErrorReason.ValueType  # 38
+"""NOT_FOUND: no such budget."""
+ERROR_REASON_CHARGE_ISSUE_NOT_FOUND: ErrorReason.ValueType  # 39
+"""NOT_FOUND: no such issue."""
+ERROR_REASON_CHARGE_ISSUE_NOT_RESOLVABLE: ErrorReason.ValueType  # 40
+"""FAILED_PRECONDITION: the issue is closed, or this action does not help it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

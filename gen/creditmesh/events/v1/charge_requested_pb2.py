@@ -27,13 +27,15 @@ from creditmesh.common.v1 import billing_pb2 as creditmesh_dot_common_dot_v1_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+creditmesh/events/v1/charge_requested.proto\x12\x14\x63reditmesh.events.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x03\n\x0f\x43hargeRequested\x12\'\n\x08\x65vent_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x1c\n\x07\x63\x61ll_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12%\n\x07user_id\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12!\n\x05scene\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x07 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x32\n\x05usage\x18\x08 \x01(\x0b\x32\x1b.creditmesh.common.v1.UsageB\x06\xbaH\x03\xc8\x01\x01\x12*\n\x05quote\x18\t \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12/\n\x0boccurred_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bskip_charge\x18\x0b \x01(\x08\x12,\n\x0f\x63onversation_id\x18\x0c \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+creditmesh/events/v1/charge_requested.proto\x12\x14\x63reditmesh.events.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x05\n\x0f\x43hargeRequested\x12\'\n\x08\x65vent_id\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x1c\n\x07\x63\x61ll_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12%\n\x07user_id\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12!\n\x05scene\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x07 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x32\n\x05usage\x18\x08 \x01(\x0b\x32\x1b.creditmesh.common.v1.UsageB\x06\xbaH\x03\xc8\x01\x01\x12*\n\x05quote\x18\t \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12/\n\x0boccurred_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bskip_charge\x18\x0b \x01(\x08\x12,\n\x0f\x63onversation_id\x18\x0c \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12p\n\x06labels\x18\r \x03(\x0b\x32\x31.creditmesh.events.v1.ChargeRequested.LabelsEntryB-\xbaH*\x9a\x01\'\x10\x10\"\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$*\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'creditmesh.events.v1.charge_requested_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CHARGEREQUESTED_LABELSENTRY']._loaded_options = None
+  _globals['_CHARGEREQUESTED_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CHARGEREQUESTED'].fields_by_name['event_id']._loaded_options = None
   _globals['_CHARGEREQUESTED'].fields_by_name['event_id']._serialized_options = b'\272H\022r\020\020\001\030\200\0012\t^\\P{Cc}*$'
   _globals['_CHARGEREQUESTED'].fields_by_name['call_id']._loaded_options = None
@@ -52,6 +54,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHARGEREQUESTED'].fields_by_name['usage']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CHARGEREQUESTED'].fields_by_name['conversation_id']._loaded_options = None
   _globals['_CHARGEREQUESTED'].fields_by_name['conversation_id']._serialized_options = b'\272H\020r\016\030\200\0012\t^\\P{Cc}*$'
+  _globals['_CHARGEREQUESTED'].fields_by_name['labels']._loaded_options = None
+  _globals['_CHARGEREQUESTED'].fields_by_name['labels']._serialized_options = b'\272H*\232\001\'\020\020\"\021r\017\020\001\030@2\t^\\P{Cc}*$*\020r\016\030\200\0012\t^\\P{Cc}*$'
   _globals['_CHARGEREQUESTED']._serialized_start=168
-  _globals['_CHARGEREQUESTED']._serialized_end=657
+  _globals['_CHARGEREQUESTED']._serialized_end=818
+  _globals['_CHARGEREQUESTED_LABELSENTRY']._serialized_start=773
+  _globals['_CHARGEREQUESTED_LABELSENTRY']._serialized_end=818
 # @@protoc_insertion_point(module_scope)

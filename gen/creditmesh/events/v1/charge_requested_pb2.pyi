@@ -3,10 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from creditmesh.common.v1 import billing_pb2 as _billing_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -26,6 +28,26 @@ class ChargeRequested(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EVENT_ID_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -38,6 +60,7 @@ class ChargeRequested(_message.Message):
     OCCURRED_AT_FIELD_NUMBER: _builtins.int
     SKIP_CHARGE_FIELD_NUMBER: _builtins.int
     CONVERSATION_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Identity of the charge, 1..128 characters; llm_service sends the call_id."""
     call_id: _builtins.str
@@ -68,6 +91,10 @@ class ChargeRequested(_message.Message):
     def occurred_at(self) -> _timestamp_pb2.Timestamp:
         """When the call ended. Absent = when it is booked."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that budgets cap; those of the hold count when there is one."""
+
     def __init__(
         self,
         *,
@@ -83,10 +110,11 @@ class ChargeRequested(_message.Message):
         occurred_at: _timestamp_pb2.Timestamp | None = ...,
         skip_charge: _builtins.bool = ...,
         conversation_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_at", b"occurred_at", "quote", b"quote", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "conversation_id", b"conversation_id", "event_id", b"event_id", "model", b"model", "occurred_at", b"occurred_at", "provider", b"provider", "quote", b"quote", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "conversation_id", b"conversation_id", "event_id", b"event_id", "labels", b"labels", "model", b"model", "occurred_at", b"occurred_at", "provider", b"provider", "quote", b"quote", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

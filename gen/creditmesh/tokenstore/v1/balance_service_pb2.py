@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.creditmesh/tokenstore/v1/balance_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x02\n\x07\x42\x61lance\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x16\n\x0e\x62\x61lance_micros\x18\x02 \x01(\x03\x12\x13\n\x0bheld_micros\x18\x03 \x01(\x03\x12\x18\n\x10\x61vailable_micros\x18\x04 \x01(\x03\x12\x1e\n\x16overdraft_limit_micros\x18\x05 \x01(\x03\x12\x12\n\nis_blocked\x18\x06 \x01(\x08\x12\x1e\n\x16total_recharged_micros\x18\x07 \x01(\x03\x12\x1d\n\x15total_rewarded_micros\x18\x08 \x01(\x03\x12\x1d\n\x15total_consumed_micros\x18\t \x01(\x03\x12\x0b\n\x03seq\x18\n \x01(\x03\x12.\n\nupdated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x0c \x01(\t\"T\n\x11GetBalanceRequest\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x18\n\x07min_seq\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"H\n\x12GetBalanceResponse\x12\x32\n\x07\x62\x61lance\x18\x01 \x01(\x0b\x32!.creditmesh.tokenstore.v1.Balance\"K\n\x17\x42\x61tchGetBalancesRequest\x12\x30\n\x08user_ids\x18\x01 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x08\x01\x10\xf4\x03\"\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\"O\n\x18\x42\x61tchGetBalancesResponse\x12\x33\n\x08\x62\x61lances\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.Balance2\xf4\x01\n\x0e\x42\x61lanceService\x12g\n\nGetBalance\x12+.creditmesh.tokenstore.v1.GetBalanceRequest\x1a,.creditmesh.tokenstore.v1.GetBalanceResponse\x12y\n\x10\x42\x61tchGetBalances\x12\x31.creditmesh.tokenstore.v1.BatchGetBalancesRequest\x1a\x32.creditmesh.tokenstore.v1.BatchGetBalancesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.creditmesh/tokenstore/v1/balance_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd1\x02\n\x07\x42\x61lance\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x16\n\x0e\x62\x61lance_micros\x18\x02 \x01(\x03\x12\x13\n\x0bheld_micros\x18\x03 \x01(\x03\x12\x18\n\x10\x61vailable_micros\x18\x04 \x01(\x03\x12\x1e\n\x16overdraft_limit_micros\x18\x05 \x01(\x03\x12\x12\n\nis_blocked\x18\x06 \x01(\x08\x12\x1e\n\x16total_recharged_micros\x18\x07 \x01(\x03\x12\x1d\n\x15total_rewarded_micros\x18\x08 \x01(\x03\x12\x1d\n\x15total_consumed_micros\x18\t \x01(\x03\x12\x0b\n\x03seq\x18\n \x01(\x03\x12.\n\nupdated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x0f\n\x07version\x18\r \x01(\x03\"T\n\x11GetBalanceRequest\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x18\n\x07min_seq\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"H\n\x12GetBalanceResponse\x12\x32\n\x07\x62\x61lance\x18\x01 \x01(\x0b\x32!.creditmesh.tokenstore.v1.Balance\"K\n\x17\x42\x61tchGetBalancesRequest\x12\x30\n\x08user_ids\x18\x01 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x08\x01\x10\xf4\x03\"\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\"O\n\x18\x42\x61tchGetBalancesResponse\x12\x33\n\x08\x62\x61lances\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.Balance\"W\n\x13WatchBalanceRequest\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x19\n\x08\x66rom_seq\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"J\n\x14WatchBalanceResponse\x12\x32\n\x07\x62\x61lance\x18\x01 \x01(\x0b\x32!.creditmesh.tokenstore.v1.Balance2\xe5\x02\n\x0e\x42\x61lanceService\x12g\n\nGetBalance\x12+.creditmesh.tokenstore.v1.GetBalanceRequest\x1a,.creditmesh.tokenstore.v1.GetBalanceResponse\x12y\n\x10\x42\x61tchGetBalances\x12\x31.creditmesh.tokenstore.v1.BatchGetBalancesRequest\x1a\x32.creditmesh.tokenstore.v1.BatchGetBalancesResponse\x12o\n\x0cWatchBalance\x12-.creditmesh.tokenstore.v1.WatchBalanceRequest\x1a..creditmesh.tokenstore.v1.WatchBalanceResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,16 +39,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETBALANCEREQUEST'].fields_by_name['min_seq']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_BATCHGETBALANCESREQUEST'].fields_by_name['user_ids']._loaded_options = None
   _globals['_BATCHGETBALANCESREQUEST'].fields_by_name['user_ids']._serialized_options = b'\272H\033\222\001\030\010\001\020\364\003\"\021r\017\020\001\030@2\t^\\P{Cc}*$'
+  _globals['_WATCHBALANCEREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_WATCHBALANCEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\021r\017\020\001\030@2\t^\\P{Cc}*$'
+  _globals['_WATCHBALANCEREQUEST'].fields_by_name['from_seq']._loaded_options = None
+  _globals['_WATCHBALANCEREQUEST'].fields_by_name['from_seq']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_BALANCE']._serialized_start=139
-  _globals['_BALANCE']._serialized_end=459
-  _globals['_GETBALANCEREQUEST']._serialized_start=461
-  _globals['_GETBALANCEREQUEST']._serialized_end=545
-  _globals['_GETBALANCERESPONSE']._serialized_start=547
-  _globals['_GETBALANCERESPONSE']._serialized_end=619
-  _globals['_BATCHGETBALANCESREQUEST']._serialized_start=621
-  _globals['_BATCHGETBALANCESREQUEST']._serialized_end=696
-  _globals['_BATCHGETBALANCESRESPONSE']._serialized_start=698
-  _globals['_BATCHGETBALANCESRESPONSE']._serialized_end=777
-  _globals['_BALANCESERVICE']._serialized_start=780
-  _globals['_BALANCESERVICE']._serialized_end=1024
+  _globals['_BALANCE']._serialized_end=476
+  _globals['_GETBALANCEREQUEST']._serialized_start=478
+  _globals['_GETBALANCEREQUEST']._serialized_end=562
+  _globals['_GETBALANCERESPONSE']._serialized_start=564
+  _globals['_GETBALANCERESPONSE']._serialized_end=636
+  _globals['_BATCHGETBALANCESREQUEST']._serialized_start=638
+  _globals['_BATCHGETBALANCESREQUEST']._serialized_end=713
+  _globals['_BATCHGETBALANCESRESPONSE']._serialized_start=715
+  _globals['_BATCHGETBALANCESRESPONSE']._serialized_end=794
+  _globals['_WATCHBALANCEREQUEST']._serialized_start=796
+  _globals['_WATCHBALANCEREQUEST']._serialized_end=883
+  _globals['_WATCHBALANCERESPONSE']._serialized_start=885
+  _globals['_WATCHBALANCERESPONSE']._serialized_end=959
+  _globals['_BALANCESERVICE']._serialized_start=962
+  _globals['_BALANCESERVICE']._serialized_end=1319
 # @@protoc_insertion_point(module_scope)

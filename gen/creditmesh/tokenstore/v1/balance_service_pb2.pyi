@@ -37,6 +37,7 @@ class Balance(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     UPDATED_AT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     balance_micros: _builtins.int
@@ -58,7 +59,9 @@ class Balance(_message.Message):
     seq: _builtins.int
     """Number of its newest entry; 0 = none. A snapshot with a lower seq is older."""
     source: _builtins.str
-    """Where it was read: "db"."""
+    """Where it was read: "db", or "cache", which may be a fraction of a second old; min_seq reads your writes."""
+    version: _builtins.int
+    """Counts every change, holds included; a snapshot with a lower version is older."""
     @_builtins.property
     def updated_at(self) -> _timestamp_pb2.Timestamp:
         """When it changed last; absent for an unknown account."""
@@ -78,10 +81,11 @@ class Balance(_message.Message):
         seq: _builtins.int = ...,
         updated_at: _timestamp_pb2.Timestamp | None = ...,
         source: _builtins.str = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_micros", b"available_micros", "balance_micros", b"balance_micros", "held_micros", b"held_micros", "is_blocked", b"is_blocked", "overdraft_limit_micros", b"overdraft_limit_micros", "seq", b"seq", "source", b"source", "total_consumed_micros", b"total_consumed_micros", "total_recharged_micros", b"total_recharged_micros", "total_rewarded_micros", b"total_rewarded_micros", "updated_at", b"updated_at", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_micros", b"available_micros", "balance_micros", b"balance_micros", "held_micros", b"held_micros", "is_blocked", b"is_blocked", "overdraft_limit_micros", b"overdraft_limit_micros", "seq", b"seq", "source", b"source", "total_consumed_micros", b"total_consumed_micros", "total_recharged_micros", b"total_recharged_micros", "total_rewarded_micros", b"total_rewarded_micros", "updated_at", b"updated_at", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -184,3 +188,53 @@ class BatchGetBalancesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchGetBalancesResponse: _TypeAlias = BatchGetBalancesResponse  # noqa: Y015
+
+@_typing.final
+class WatchBalanceRequest(_message.Message):
+    """What to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    FROM_SEQ_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account, 1..64 characters; it need not exist yet."""
+    from_seq: _builtins.int
+    """Tell nothing before the account has an entry after this one; 0 = tell the state at once. What was seen last."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        from_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_seq", b"from_seq", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBalanceRequest: _TypeAlias = WatchBalanceRequest  # noqa: Y015
+
+@_typing.final
+class WatchBalanceResponse(_message.Message):
+    """The account after a change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def balance(self) -> Global___Balance:
+        """The account."""
+
+    def __init__(
+        self,
+        *,
+        balance: Global___Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBalanceResponse: _TypeAlias = WatchBalanceResponse  # noqa: Y015

@@ -45,6 +45,11 @@ class BalanceServiceStub:
                 request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesResponse.FromString,
                 _registered_method=True)
+        self.WatchBalance = channel.unary_stream(
+                '/creditmesh.tokenstore.v1.BalanceService/WatchBalance',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceResponse.FromString,
+                _registered_method=True)
 
 
 class BalanceServiceServicer:
@@ -65,6 +70,14 @@ class BalanceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchBalance(self, request, context):
+        """An account now, and again after every change, holds included, until the caller leaves or the server drains. A slow
+        reader is told the newest state, not each one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BalanceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_BalanceServiceServicer_to_server(servicer, server):
                     servicer.BatchGetBalances,
                     request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesRequest.FromString,
                     response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesResponse.SerializeToString,
+            ),
+            'WatchBalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBalance,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class BalanceService:
             '/creditmesh.tokenstore.v1.BalanceService/BatchGetBalances',
             creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesRequest.SerializeToString,
             creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.BatchGetBalancesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.BalanceService/WatchBalance',
+            creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_balance__service__pb2.WatchBalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,10 @@ class BalanceServiceStub:
     """One account; an unknown one reads as zero and nothing is written."""
     BatchGetBalances: _aio.UnaryUnaryMultiCallable[_balance_service_pb2.BatchGetBalancesRequest, _balance_service_pb2.BatchGetBalancesResponse]
     """Several accounts."""
+    WatchBalance: _aio.UnaryStreamMultiCallable[_balance_service_pb2.WatchBalanceRequest, _balance_service_pb2.WatchBalanceResponse]
+    """An account now, and again after every change, holds included, until the caller leaves or the server drains. A slow
+    reader is told the newest state, not each one.
+    """
 
 class BalanceServiceServicer(metaclass=_abc_1.ABCMeta):
     """What accounts have."""
@@ -39,5 +43,15 @@ class BalanceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_balance_service_pb2.BatchGetBalancesRequest, _abc.Awaitable[_balance_service_pb2.BatchGetBalancesResponse]],
     ) -> _abc.Awaitable[_balance_service_pb2.BatchGetBalancesResponse]:
         """Several accounts."""
+
+    @_abc_1.abstractmethod
+    def WatchBalance(
+        self,
+        request: _balance_service_pb2.WatchBalanceRequest,
+        context: _aio.ServicerContext[_balance_service_pb2.WatchBalanceRequest, _abc.AsyncIterator[_balance_service_pb2.WatchBalanceResponse]],
+    ) -> _abc.AsyncIterator[_balance_service_pb2.WatchBalanceResponse]:
+        """An account now, and again after every change, holds included, until the caller leaves or the server drains. A slow
+        reader is told the newest state, not each one.
+        """
 
 def add_BalanceServiceServicer_to_server(servicer: BalanceServiceServicer, server: _aio.Server) -> None: ...

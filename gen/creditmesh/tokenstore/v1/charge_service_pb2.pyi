@@ -5,8 +5,10 @@ isort:skip_file
 
 from collections import abc as _abc
 from creditmesh.events.v1 import charge_requested_pb2 as _charge_requested_pb2
+from creditmesh.events.v1 import usage_recorded_pb2 as _usage_recorded_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -55,6 +57,102 @@ RECORD_STATUS_UNPRICED: RecordStatus.ValueType  # 4
 RECORD_STATUS_REJECTED: RecordStatus.ValueType  # 5
 """It can not be booked; recorded as an issue."""
 Global___RecordStatus: _TypeAlias = RecordStatus  # noqa: Y015
+
+class _ChargeIssueKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChargeIssueKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChargeIssueKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHARGE_ISSUE_KIND_UNSPECIFIED: _ChargeIssueKind.ValueType  # 0
+    """In a filter: any."""
+    CHARGE_ISSUE_KIND_CONFLICT: _ChargeIssueKind.ValueType  # 1
+    """The event id is in the ledger with other content. Nothing was booked; dismiss it when it is understood."""
+    CHARGE_ISSUE_KIND_UNPRICED: _ChargeIssueKind.ValueType  # 2
+    """Booked at 0, because no price rule matched. Make a rule, then reprice."""
+    CHARGE_ISSUE_KIND_REJECTED: _ChargeIssueKind.ValueType  # 3
+    """It could not be booked. Retry it when the cause is gone."""
+    CHARGE_ISSUE_KIND_OVERRUN: _ChargeIssueKind.ValueType  # 4
+    """More than its hold; booked in full. Look why, dismiss."""
+    CHARGE_ISSUE_KIND_LATE: _ChargeIssueKind.ValueType  # 5
+    """After the end of its hold; booked in full. Look why, dismiss."""
+    CHARGE_ISSUE_KIND_UNDECODABLE: _ChargeIssueKind.ValueType  # 6
+    """No event, or one without an id; the bytes are kept as they came. Retry it when the reader is mended."""
+
+class ChargeIssueKind(_ChargeIssueKind, metaclass=_ChargeIssueKindEnumTypeWrapper):
+    """Why something is not simply applied."""
+
+CHARGE_ISSUE_KIND_UNSPECIFIED: ChargeIssueKind.ValueType  # 0
+"""In a filter: any."""
+CHARGE_ISSUE_KIND_CONFLICT: ChargeIssueKind.ValueType  # 1
+"""The event id is in the ledger with other content. Nothing was booked; dismiss it when it is understood."""
+CHARGE_ISSUE_KIND_UNPRICED: ChargeIssueKind.ValueType  # 2
+"""Booked at 0, because no price rule matched. Make a rule, then reprice."""
+CHARGE_ISSUE_KIND_REJECTED: ChargeIssueKind.ValueType  # 3
+"""It could not be booked. Retry it when the cause is gone."""
+CHARGE_ISSUE_KIND_OVERRUN: ChargeIssueKind.ValueType  # 4
+"""More than its hold; booked in full. Look why, dismiss."""
+CHARGE_ISSUE_KIND_LATE: ChargeIssueKind.ValueType  # 5
+"""After the end of its hold; booked in full. Look why, dismiss."""
+CHARGE_ISSUE_KIND_UNDECODABLE: ChargeIssueKind.ValueType  # 6
+"""No event, or one without an id; the bytes are kept as they came. Retry it when the reader is mended."""
+Global___ChargeIssueKind: _TypeAlias = ChargeIssueKind  # noqa: Y015
+
+class _ChargeIssueState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChargeIssueStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChargeIssueState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHARGE_ISSUE_STATE_UNSPECIFIED: _ChargeIssueState.ValueType  # 0
+    """In a filter: OPEN."""
+    CHARGE_ISSUE_STATE_OPEN: _ChargeIssueState.ValueType  # 1
+    """Somebody should look."""
+    CHARGE_ISSUE_STATE_RESOLVED: _ChargeIssueState.ValueType  # 2
+    """Retried or priced."""
+    CHARGE_ISSUE_STATE_DISMISSED: _ChargeIssueState.ValueType  # 3
+    """Laid aside."""
+
+class ChargeIssueState(_ChargeIssueState, metaclass=_ChargeIssueStateEnumTypeWrapper):
+    """Where an issue stands."""
+
+CHARGE_ISSUE_STATE_UNSPECIFIED: ChargeIssueState.ValueType  # 0
+"""In a filter: OPEN."""
+CHARGE_ISSUE_STATE_OPEN: ChargeIssueState.ValueType  # 1
+"""Somebody should look."""
+CHARGE_ISSUE_STATE_RESOLVED: ChargeIssueState.ValueType  # 2
+"""Retried or priced."""
+CHARGE_ISSUE_STATE_DISMISSED: ChargeIssueState.ValueType  # 3
+"""Laid aside."""
+Global___ChargeIssueState: _TypeAlias = ChargeIssueState  # noqa: Y015
+
+class _ChargeIssueAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChargeIssueActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChargeIssueAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHARGE_ISSUE_ACTION_UNSPECIFIED: _ChargeIssueAction.ValueType  # 0
+    """Never valid."""
+    CHARGE_ISSUE_ACTION_RETRY: _ChargeIssueAction.ValueType  # 1
+    """Book the original again: for REJECTED and UNDECODABLE."""
+    CHARGE_ISSUE_ACTION_REPRICE: _ChargeIssueAction.ValueType  # 2
+    """Price it by the rules as of when it happened: for UNPRICED."""
+    CHARGE_ISSUE_ACTION_DISMISS: _ChargeIssueAction.ValueType  # 3
+    """Lay it aside: for any."""
+
+class ChargeIssueAction(_ChargeIssueAction, metaclass=_ChargeIssueActionEnumTypeWrapper):
+    """What to do about an issue."""
+
+CHARGE_ISSUE_ACTION_UNSPECIFIED: ChargeIssueAction.ValueType  # 0
+"""Never valid."""
+CHARGE_ISSUE_ACTION_RETRY: ChargeIssueAction.ValueType  # 1
+"""Book the original again: for REJECTED and UNDECODABLE."""
+CHARGE_ISSUE_ACTION_REPRICE: ChargeIssueAction.ValueType  # 2
+"""Price it by the rules as of when it happened: for UNPRICED."""
+CHARGE_ISSUE_ACTION_DISMISS: ChargeIssueAction.ValueType  # 3
+"""Lay it aside: for any."""
+Global___ChargeIssueAction: _TypeAlias = ChargeIssueAction  # noqa: Y015
 
 @_typing.final
 class RecordChargesRequest(_message.Message):
@@ -137,3 +235,261 @@ class RecordChargesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecordChargesResponse: _TypeAlias = RecordChargesResponse  # noqa: Y015
+
+@_typing.final
+class RecordUsageRequest(_message.Message):
+    """Usage to book."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[_usage_recorded_pb2.UsageRecorded]:
+        """The events, 1..1000. One that can not be booked is answered REJECTED and kept as an issue."""
+
+    def __init__(
+        self,
+        *,
+        usages: _abc.Iterable[_usage_recorded_pb2.UsageRecorded] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usages", b"usages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordUsageRequest: _TypeAlias = RecordUsageRequest  # noqa: Y015
+
+@_typing.final
+class RecordUsageResponse(_message.Message):
+    """What became of the usage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordResult]:
+        """One for each event, in order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___RecordResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordUsageResponse: _TypeAlias = RecordUsageResponse  # noqa: Y015
+
+@_typing.final
+class ChargeIssue(_message.Message):
+    """Something about a charge for people to look at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUE_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    ORIGINAL_FIELD_NUMBER: _builtins.int
+    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NOTICED_AT_FIELD_NUMBER: _builtins.int
+    RESOLVED_AT_FIELD_NUMBER: _builtins.int
+    RESOLVED_BY_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    issue_id: _builtins.int
+    """Identity."""
+    user_id: _builtins.str
+    """Account; empty when the original does not say."""
+    event_id: _builtins.str
+    """Event; empty when the original does not say."""
+    kind: Global___ChargeIssueKind.ValueType
+    """Why it is here."""
+    detail: _builtins.str
+    """The cause."""
+    seq: _builtins.int
+    """Entry in the ledger; 0 = none."""
+    original: _builtins.bytes
+    """The original, as it came."""
+    content_type: _builtins.str
+    """What `original` is: creditmesh.events.v1.ChargeRequested, creditmesh.events.v1.UsageRecorded, or a content type."""
+    origin: _builtins.str
+    """Where it came from, as JSON: topic, partition, offset, headers; empty = an RPC."""
+    state: Global___ChargeIssueState.ValueType
+    """Where it stands."""
+    resolved_by: _builtins.str
+    """By whom: name of the service token."""
+    note: _builtins.str
+    """Why."""
+    @_builtins.property
+    def noticed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was noticed."""
+
+    @_builtins.property
+    def resolved_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was resolved or dismissed."""
+
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedScalarFieldContainer[Global___ChargeIssueAction.ValueType]:
+        """What can be done."""
+
+    def __init__(
+        self,
+        *,
+        issue_id: _builtins.int = ...,
+        user_id: _builtins.str = ...,
+        event_id: _builtins.str = ...,
+        kind: Global___ChargeIssueKind.ValueType = ...,
+        detail: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        original: _builtins.bytes = ...,
+        content_type: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        state: Global___ChargeIssueState.ValueType = ...,
+        noticed_at: _timestamp_pb2.Timestamp | None = ...,
+        resolved_at: _timestamp_pb2.Timestamp | None = ...,
+        resolved_by: _builtins.str = ...,
+        note: _builtins.str = ...,
+        actions: _abc.Iterable[Global___ChargeIssueAction.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["noticed_at", b"noticed_at", "resolved_at", b"resolved_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "content_type", b"content_type", "detail", b"detail", "event_id", b"event_id", "issue_id", b"issue_id", "kind", b"kind", "note", b"note", "noticed_at", b"noticed_at", "origin", b"origin", "original", b"original", "resolved_at", b"resolved_at", "resolved_by", b"resolved_by", "seq", b"seq", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChargeIssue: _TypeAlias = ChargeIssue  # noqa: Y015
+
+@_typing.final
+class ListChargeIssuesRequest(_message.Message):
+    """Which issues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Only of this account."""
+    kind: Global___ChargeIssueKind.ValueType
+    """Only of this kind."""
+    state: Global___ChargeIssueState.ValueType
+    """Only in this state. Absent = OPEN."""
+    page_size: _builtins.int
+    """Most to answer, 1..500. Absent or 0 = 50."""
+    page_token: _builtins.str
+    """next_page_token of the page before; empty = the first."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        kind: Global___ChargeIssueKind.ValueType = ...,
+        state: Global___ChargeIssueState.ValueType = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChargeIssuesRequest: _TypeAlias = ListChargeIssuesRequest  # noqa: Y015
+
+@_typing.final
+class ListChargeIssuesResponse(_message.Message):
+    """The issues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty = the last."""
+    @_builtins.property
+    def issues(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChargeIssue]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        issues: _abc.Iterable[Global___ChargeIssue] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issues", b"issues", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChargeIssuesResponse: _TypeAlias = ListChargeIssuesResponse  # noqa: Y015
+
+@_typing.final
+class ResolveChargeIssueRequest(_message.Message):
+    """What to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUE_ID_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    issue_id: _builtins.int
+    """Which issue."""
+    action: Global___ChargeIssueAction.ValueType
+    """What to do."""
+    note: _builtins.str
+    """Why, 0..255 characters."""
+    def __init__(
+        self,
+        *,
+        issue_id: _builtins.int = ...,
+        action: Global___ChargeIssueAction.ValueType = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "issue_id", b"issue_id", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveChargeIssueRequest: _TypeAlias = ResolveChargeIssueRequest  # noqa: Y015
+
+@_typing.final
+class ResolveChargeIssueResponse(_message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUE_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def issue(self) -> Global___ChargeIssue:
+        """The issue as it is now."""
+
+    @_builtins.property
+    def result(self) -> Global___RecordResult:
+        """What became of the charge; absent for DISMISS."""
+
+    def __init__(
+        self,
+        *,
+        issue: Global___ChargeIssue | None = ...,
+        result: Global___RecordResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["issue", b"issue", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issue", b"issue", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveChargeIssueResponse: _TypeAlias = ResolveChargeIssueResponse  # noqa: Y015

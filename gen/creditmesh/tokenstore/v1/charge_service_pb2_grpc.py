@@ -40,6 +40,21 @@ class ChargeServiceStub:
                 request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesResponse.FromString,
                 _registered_method=True)
+        self.RecordUsage = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.ChargeService/RecordUsage',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageResponse.FromString,
+                _registered_method=True)
+        self.ListChargeIssues = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.ChargeService/ListChargeIssues',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesResponse.FromString,
+                _registered_method=True)
+        self.ResolveChargeIssue = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.ChargeService/ResolveChargeIssue',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueResponse.FromString,
+                _registered_method=True)
 
 
 class ChargeServiceServicer:
@@ -53,6 +68,27 @@ class ChargeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordUsage(self, request, context):
+        """Books what other services say was used, priced here by unit_prices. The same path as the topic's consumer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListChargeIssues(self, request, context):
+        """Everything about charges that is not simply applied, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveChargeIssue(self, request, context):
+        """Tries one again, prices it, or lays it aside; who did it and why is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChargeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +96,21 @@ def add_ChargeServiceServicer_to_server(servicer, server):
                     servicer.RecordCharges,
                     request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesRequest.FromString,
                     response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesResponse.SerializeToString,
+            ),
+            'RecordUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordUsage,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageResponse.SerializeToString,
+            ),
+            'ListChargeIssues': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListChargeIssues,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesResponse.SerializeToString,
+            ),
+            'ResolveChargeIssue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveChargeIssue,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +141,87 @@ class ChargeService:
             '/creditmesh.tokenstore.v1.ChargeService/RecordCharges',
             creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesRequest.SerializeToString,
             creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordChargesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.ChargeService/RecordUsage',
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.RecordUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChargeIssues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.ChargeService/ListChargeIssues',
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ListChargeIssuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveChargeIssue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.ChargeService/ResolveChargeIssue',
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_charge__service__pb2.ResolveChargeIssueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,12 @@ class ChargeServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     RecordCharges: _aio.UnaryUnaryMultiCallable[_charge_service_pb2.RecordChargesRequest, _charge_service_pb2.RecordChargesResponse]
     """Books charges; each by itself, all in one transaction. Answers when they are durable."""
+    RecordUsage: _aio.UnaryUnaryMultiCallable[_charge_service_pb2.RecordUsageRequest, _charge_service_pb2.RecordUsageResponse]
+    """Books what other services say was used, priced here by unit_prices. The same path as the topic's consumer."""
+    ListChargeIssues: _aio.UnaryUnaryMultiCallable[_charge_service_pb2.ListChargeIssuesRequest, _charge_service_pb2.ListChargeIssuesResponse]
+    """Everything about charges that is not simply applied, newest first."""
+    ResolveChargeIssue: _aio.UnaryUnaryMultiCallable[_charge_service_pb2.ResolveChargeIssueRequest, _charge_service_pb2.ResolveChargeIssueResponse]
+    """Tries one again, prices it, or lays it aside; who did it and why is kept."""
 
 class ChargeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Where charges come in when there is no Kafka; the same path as the consumer."""
@@ -29,5 +35,29 @@ class ChargeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_charge_service_pb2.RecordChargesRequest, _abc.Awaitable[_charge_service_pb2.RecordChargesResponse]],
     ) -> _abc.Awaitable[_charge_service_pb2.RecordChargesResponse]:
         """Books charges; each by itself, all in one transaction. Answers when they are durable."""
+
+    @_abc_1.abstractmethod
+    def RecordUsage(
+        self,
+        request: _charge_service_pb2.RecordUsageRequest,
+        context: _aio.ServicerContext[_charge_service_pb2.RecordUsageRequest, _abc.Awaitable[_charge_service_pb2.RecordUsageResponse]],
+    ) -> _abc.Awaitable[_charge_service_pb2.RecordUsageResponse]:
+        """Books what other services say was used, priced here by unit_prices. The same path as the topic's consumer."""
+
+    @_abc_1.abstractmethod
+    def ListChargeIssues(
+        self,
+        request: _charge_service_pb2.ListChargeIssuesRequest,
+        context: _aio.ServicerContext[_charge_service_pb2.ListChargeIssuesRequest, _abc.Awaitable[_charge_service_pb2.ListChargeIssuesResponse]],
+    ) -> _abc.Awaitable[_charge_service_pb2.ListChargeIssuesResponse]:
+        """Everything about charges that is not simply applied, newest first."""
+
+    @_abc_1.abstractmethod
+    def ResolveChargeIssue(
+        self,
+        request: _charge_service_pb2.ResolveChargeIssueRequest,
+        context: _aio.ServicerContext[_charge_service_pb2.ResolveChargeIssueRequest, _abc.Awaitable[_charge_service_pb2.ResolveChargeIssueResponse]],
+    ) -> _abc.Awaitable[_charge_service_pb2.ResolveChargeIssueResponse]:
+        """Tries one again, prices it, or lays it aside; who did it and why is kept."""
 
 def add_ChargeServiceServicer_to_server(servicer: ChargeServiceServicer, server: _aio.Server) -> None: ...

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from creditmesh.common.v1 import billing_pb2 as _billing_pb2
+from creditmesh.tokenstore.v1 import budget_service_pb2 as _budget_service_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -60,6 +61,26 @@ class HoldRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CALL_ID_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -73,6 +94,7 @@ class HoldRequest(_message.Message):
     REQUEST_FINGERPRINT_FIELD_NUMBER: _builtins.int
     SKIP_CHARGE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Call and hold id, a UUID (v7 keeps the tables compact). The same one with the same content = the first answer."""
     user_id: _builtins.str
@@ -101,6 +123,10 @@ class HoldRequest(_message.Message):
     def ttl(self) -> _duration_pb2.Duration:
         """How long it stays open without a charge, 1 s..1 day. Absent = 60 s."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that budgets cap (project, key, agent, ...), at most 16."""
+
     def __init__(
         self,
         *,
@@ -117,10 +143,11 @@ class HoldRequest(_message.Message):
         request_fingerprint: _builtins.bytes = ...,
         skip_charge: _builtins.bool = ...,
         origin: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "origin", b"origin", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "labels", b"labels", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "origin", b"origin", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -202,14 +229,26 @@ class RefusedHold(_message.Message):
     NEEDED_MICROS_FIELD_NUMBER: _builtins.int
     AVAILABLE_MICROS_FIELD_NUMBER: _builtins.int
     EXISTING_CALL_ID_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    RESETS_AT_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """ErrorReason without prefix: INSUFFICIENT_CREDIT, REQUEST_IN_FLIGHT, REQUEST_FINISHED, IDEMPOTENCY_CONFLICT."""
+    """ErrorReason without prefix: INSUFFICIENT_CREDIT, BUDGET_EXCEEDED, REQUEST_IN_FLIGHT, REQUEST_FINISHED,
+    IDEMPOTENCY_CONFLICT.
+    """
     needed_micros: _builtins.int
     """Micro-credits that were needed for min_output_tokens."""
     available_micros: _builtins.int
     """Micro-credits that were available."""
     existing_call_id: _builtins.str
     """The earlier call of the same request, when that is the reason."""
+    @_builtins.property
+    def budget(self) -> _budget_service_pb2.Budget:
+        """The cap that binds, when that is the reason."""
+
+    @_builtins.property
+    def resets_at(self) -> _timestamp_pb2.Timestamp:
+        """When that cap counts from zero again; absent = never."""
+
     def __init__(
         self,
         *,
@@ -217,10 +256,12 @@ class RefusedHold(_message.Message):
         needed_micros: _builtins.int = ...,
         available_micros: _builtins.int = ...,
         existing_call_id: _builtins.str = ...,
+        budget: _budget_service_pb2.Budget | None = ...,
+        resets_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "resets_at", b"resets_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_micros", b"available_micros", "existing_call_id", b"existing_call_id", "needed_micros", b"needed_micros", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_micros", b"available_micros", "budget", b"budget", "existing_call_id", b"existing_call_id", "needed_micros", b"needed_micros", "reason", b"reason", "resets_at", b"resets_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

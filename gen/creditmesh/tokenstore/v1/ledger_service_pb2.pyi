@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ConsumptionGroup:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConsumptionGroupEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConsumptionGroup.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSUMPTION_GROUP_UNSPECIFIED: _ConsumptionGroup.ValueType  # 0
+    """One sum for all."""
+    CONSUMPTION_GROUP_NONE: _ConsumptionGroup.ValueType  # 1
+    """One sum for all."""
+    CONSUMPTION_GROUP_MODEL: _ConsumptionGroup.ValueType  # 2
+    """By model."""
+    CONSUMPTION_GROUP_SCENE: _ConsumptionGroup.ValueType  # 3
+    """By scene."""
+    CONSUMPTION_GROUP_HOUR: _ConsumptionGroup.ValueType  # 4
+    """By hour, UTC."""
+    CONSUMPTION_GROUP_DAY: _ConsumptionGroup.ValueType  # 5
+    """By day, UTC."""
+
+class ConsumptionGroup(_ConsumptionGroup, metaclass=_ConsumptionGroupEnumTypeWrapper):
+    """How sums are split."""
+
+CONSUMPTION_GROUP_UNSPECIFIED: ConsumptionGroup.ValueType  # 0
+"""One sum for all."""
+CONSUMPTION_GROUP_NONE: ConsumptionGroup.ValueType  # 1
+"""One sum for all."""
+CONSUMPTION_GROUP_MODEL: ConsumptionGroup.ValueType  # 2
+"""By model."""
+CONSUMPTION_GROUP_SCENE: ConsumptionGroup.ValueType  # 3
+"""By scene."""
+CONSUMPTION_GROUP_HOUR: ConsumptionGroup.ValueType  # 4
+"""By hour, UTC."""
+CONSUMPTION_GROUP_DAY: ConsumptionGroup.ValueType  # 5
+"""By day, UTC."""
+Global___ConsumptionGroup: _TypeAlias = ConsumptionGroup  # noqa: Y015
 
 @_typing.final
 class ListTransactionsRequest(_message.Message):
@@ -34,6 +71,10 @@ class ListTransactionsRequest(_message.Message):
     TO_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SCENE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    CONVERSATION_ID_FIELD_NUMBER: _builtins.int
+    ORDER_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     source: _transaction_pb2.TransactionSource.ValueType
@@ -44,6 +85,14 @@ class ListTransactionsRequest(_message.Message):
     """Most entries to answer, 1..500. Absent or 0 = 50."""
     page_token: _builtins.str
     """next_page_token of the page before; empty = the first."""
+    scene: _builtins.str
+    """Only of this scene."""
+    model: _builtins.str
+    """Only of this model."""
+    conversation_id: _builtins.str
+    """Only of this conversation."""
+    order_id: _builtins.str
+    """Only of this order."""
     @_builtins.property
     def to(self) -> _timestamp_pb2.Timestamp:
         """Only those that happened before this."""
@@ -57,10 +106,14 @@ class ListTransactionsRequest(_message.Message):
         to: _timestamp_pb2.Timestamp | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        scene: _builtins.str = ...,
+        model: _builtins.str = ...,
+        conversation_id: _builtins.str = ...,
+        order_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "to", b"to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "from", b"from", "page_size", b"page_size", "page_token", b"page_token", "source", b"source", "to", b"to", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_id", b"conversation_id", "direction", b"direction", "from", b"from", "model", b"model", "order_id", b"order_id", "page_size", b"page_size", "page_token", b"page_token", "scene", b"scene", "source", b"source", "to", b"to", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,6 +212,7 @@ class AdjustBalanceRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account; made by its first entry."""
     amount_micros: _builtins.int
@@ -166,9 +220,13 @@ class AdjustBalanceRequest(_message.Message):
     reason: _builtins.str
     """Why, 1..255 characters."""
     reference: _builtins.str
-    """What it refers to: a ticket, a payment, ...; 0..128 characters."""
+    """What it refers to: a ticket, a payment, ...; 1..128 characters."""
     idempotency_key: _builtins.str
     """Event id of the entry, 1..128 characters. The same one with the same content = the first answer."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When credit that is added ends. Absent = never."""
+
     def __init__(
         self,
         *,
@@ -177,10 +235,11 @@ class AdjustBalanceRequest(_message.Message):
         reason: _builtins.str = ...,
         reference: _builtins.str = ...,
         idempotency_key: _builtins.str = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "idempotency_key", b"idempotency_key", "reason", b"reason", "reference", b"reference", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "expires_at", b"expires_at", "idempotency_key", b"idempotency_key", "reason", b"reason", "reference", b"reference", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,14 +311,17 @@ class ChargeLine(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     RATE_PICO_FIELD_NUMBER: _builtins.int
     AMOUNT_PICO_FIELD_NUMBER: _builtins.int
+    UNIT_AMOUNT_FIELD_NUMBER: _builtins.int
     component: _builtins.str
-    """input, cached_input, cache_write, output, reasoning, input_audio, output_audio or call."""
+    """input, cached_input, cache_write, output, reasoning, input_audio, output_audio, call, or the unit of a usage event."""
     tokens: _builtins.int
-    """How many."""
+    """How many; of a unit the whole part."""
     rate_pico: _builtins.int
     """Pico-credits for one."""
     amount_pico: _builtins.int
-    """tokens x rate_pico."""
+    """tokens x rate_pico; of a unit rounded up."""
+    unit_amount: _builtins.str
+    """How many units, a decimal number; empty for tokens."""
     def __init__(
         self,
         *,
@@ -267,10 +329,11 @@ class ChargeLine(_message.Message):
         tokens: _builtins.int = ...,
         rate_pico: _builtins.int = ...,
         amount_pico: _builtins.int = ...,
+        unit_amount: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_pico", b"amount_pico", "component", b"component", "rate_pico", b"rate_pico", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_pico", b"amount_pico", "component", b"component", "rate_pico", b"rate_pico", "tokens", b"tokens", "unit_amount", b"unit_amount"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,19 +385,23 @@ class VerifyLedgerRequest(_message.Message):
 
     USER_ID_FIELD_NUMBER: _builtins.int
     ALL_FIELD_NUMBER: _builtins.int
+    AFTER_USER_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     all: _builtins.bool
     """All accounts."""
+    after_user_id: _builtins.str
+    """Of all accounts, only those after this one: where an interrupted check goes on."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
         all: _builtins.bool = ...,
+        after_user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_user_id", b"after_user_id", "all", b"all", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -355,8 +422,8 @@ class LedgerFinding(_message.Message):
     seq: _builtins.int
     """Entry; 0 = the account itself."""
     kind: _builtins.str
-    """HASH_MISMATCH, SEQ_GAP, BALANCE_AFTER_MISMATCH, BALANCE_MISMATCH, HEAD_MISMATCH, HELD_MISMATCH, TOTALS_MISMATCH
-    or ORPHAN_ENTRIES.
+    """HASH_MISMATCH, SEQ_GAP, BALANCE_AFTER_MISMATCH, BALANCE_MISMATCH, HEAD_MISMATCH, HELD_MISMATCH, TOTALS_MISMATCH,
+    LOT_MISMATCH, CONSUMPTION_MISMATCH or ORPHAN_ENTRIES.
     """
     detail: _builtins.str
     """What was expected and what was found."""
@@ -385,22 +452,26 @@ class VerifySummary(_message.Message):
     ACCOUNTS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
+    LAST_USER_ID_FIELD_NUMBER: _builtins.int
     accounts: _builtins.int
     """Accounts."""
     entries: _builtins.int
     """Entries."""
     findings: _builtins.int
     """Findings."""
+    last_user_id: _builtins.str
+    """The last account that was checked."""
     def __init__(
         self,
         *,
         accounts: _builtins.int = ...,
         entries: _builtins.int = ...,
         findings: _builtins.int = ...,
+        last_user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "entries", b"entries", "findings", b"findings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "entries", b"entries", "findings", b"findings", "last_user_id", b"last_user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,6 +485,7 @@ class VerifyLedgerResponse(_message.Message):
 
     FINDING_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def finding(self) -> Global___LedgerFinding:
         """Something wrong."""
@@ -422,18 +494,490 @@ class VerifyLedgerResponse(_message.Message):
     def summary(self) -> Global___VerifySummary:
         """The end."""
 
+    @_builtins.property
+    def progress(self) -> Global___VerifySummary:
+        """How far it is, every thousand accounts."""
+
     def __init__(
         self,
         *,
         finding: Global___LedgerFinding | None = ...,
         summary: Global___VerifySummary | None = ...,
+        progress: Global___VerifySummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "result", b"result", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "progress", b"progress", "result", b"result", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "result", b"result", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "progress", b"progress", "result", b"result", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["finding", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["finding", "summary", "progress"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___VerifyLedgerResponse: _TypeAlias = VerifyLedgerResponse  # noqa: Y015
+
+@_typing.final
+class ReverseTransactionRequest(_message.Message):
+    """What to undo."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    ALLOW_NEGATIVE_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account."""
+    seq: _builtins.int
+    """Number of the entry: a charge, reward, adjustment or expiry of some amount."""
+    reason: _builtins.str
+    """Why, 1..255 characters."""
+    idempotency_key: _builtins.str
+    """Event id of the new entry, 1..128 characters. The same one with the same content = the first answer."""
+    allow_negative: _builtins.bool
+    """Take back what was given even if it was spent or is held; the balance may go below zero."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+        allow_negative: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_negative", b"allow_negative", "idempotency_key", b"idempotency_key", "reason", b"reason", "seq", b"seq", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReverseTransactionRequest: _TypeAlias = ReverseTransactionRequest  # noqa: Y015
+
+@_typing.final
+class ReverseTransactionResponse(_message.Message):
+    """The reversal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSACTION_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def transaction(self) -> _transaction_pb2.Transaction:
+        """Its entry; reverses_seq names the other one."""
+
+    @_builtins.property
+    def balance(self) -> _balance_service_pb2.Balance:
+        """The account after it."""
+
+    def __init__(
+        self,
+        *,
+        transaction: _transaction_pb2.Transaction | None = ...,
+        balance: _balance_service_pb2.Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "transaction", b"transaction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "transaction", b"transaction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReverseTransactionResponse: _TypeAlias = ReverseTransactionResponse  # noqa: Y015
+
+@_typing.final
+class ExportTransactionsRequest(_message.Message):
+    """What to export: one account, or all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    AFTER_SEQ_FIELD_NUMBER: _builtins.int
+    AFTER_USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account."""
+    all: _builtins.bool
+    """All accounts, by user_id."""
+    after_seq: _builtins.int
+    """Of one account, only entries after this one."""
+    after_user_id: _builtins.str
+    """Of all accounts, only those after this one: where an interrupted export goes on."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        all: _builtins.bool = ...,
+        after_seq: _builtins.int = ...,
+        after_user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_seq", b"after_seq", "after_user_id", b"after_user_id", "all", b"all", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTransactionsRequest: _TypeAlias = ExportTransactionsRequest  # noqa: Y015
+
+@_typing.final
+class ExportTransactionsResponse(_message.Message):
+    """One entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSACTION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
+    previous_hash: _builtins.bytes
+    """entry_hash of the entry before it; 32 zero bytes before the first."""
+    @_builtins.property
+    def transaction(self) -> _transaction_pb2.Transaction:
+        """The entry."""
+
+    def __init__(
+        self,
+        *,
+        transaction: _transaction_pb2.Transaction | None = ...,
+        previous_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transaction", b"transaction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_hash", b"previous_hash", "transaction", b"transaction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTransactionsResponse: _TypeAlias = ExportTransactionsResponse  # noqa: Y015
+
+@_typing.final
+class GetBalanceAtRequest(_message.Message):
+    """When."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Entries booked at or before this count."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["time", b"time", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBalanceAtRequest: _TypeAlias = GetBalanceAtRequest  # noqa: Y015
+
+@_typing.final
+class GetBalanceAtResponse(_message.Message):
+    """The account at a moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALANCE_MICROS_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    BOOKED_AT_FIELD_NUMBER: _builtins.int
+    balance_micros: _builtins.int
+    """Micro-credits."""
+    seq: _builtins.int
+    """Number of the last entry that counts; 0 = none."""
+    @_builtins.property
+    def booked_at(self) -> _timestamp_pb2.Timestamp:
+        """When that entry was booked; absent = none."""
+
+    def __init__(
+        self,
+        *,
+        balance_micros: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        booked_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["booked_at", b"booked_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance_micros", b"balance_micros", "booked_at", b"booked_at", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBalanceAtResponse: _TypeAlias = GetBalanceAtResponse  # noqa: Y015
+
+@_typing.final
+class GetConsumptionRequest(_message.Message):
+    """Which sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account."""
+    period: _builtins.str
+    """24h, 7d, 30d or all. Empty = 24h."""
+    group_by: Global___ConsumptionGroup.ValueType
+    """How to split."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        period: _builtins.str = ...,
+        group_by: Global___ConsumptionGroup.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_by", b"group_by", "period", b"period", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsumptionRequest: _TypeAlias = GetConsumptionRequest  # noqa: Y015
+
+@_typing.final
+class Consumption(_message.Message):
+    """Sums of charges, by when they happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    CREDIT_MICROS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Model, scene, or the hour or day as in 2026-11-21T10:00:00Z; empty without a group."""
+    calls: _builtins.int
+    """Charges."""
+    input_tokens: _builtins.int
+    """Input tokens, cached ones included."""
+    cached_input_tokens: _builtins.int
+    """Cached input tokens."""
+    output_tokens: _builtins.int
+    """Output tokens, reasoning included."""
+    reasoning_tokens: _builtins.int
+    """Reasoning tokens."""
+    total_tokens: _builtins.int
+    """Input and output tokens."""
+    credit_micros: _builtins.int
+    """Micro-credits, less what was reversed."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        calls: _builtins.int = ...,
+        input_tokens: _builtins.int = ...,
+        cached_input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
+        total_tokens: _builtins.int = ...,
+        credit_micros: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "calls", b"calls", "credit_micros", b"credit_micros", "input_tokens", b"input_tokens", "key", b"key", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens", "total_tokens", b"total_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Consumption: _TypeAlias = Consumption  # noqa: Y015
+
+@_typing.final
+class GetConsumptionResponse(_message.Message):
+    """The sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def total(self) -> Global___Consumption:
+        """Of everything in the period."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumption]:
+        """By group: most credit first; by time, oldest first. Empty without a group."""
+
+    def __init__(
+        self,
+        *,
+        total: Global___Consumption | None = ...,
+        groups: _abc.Iterable[Global___Consumption] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "groups", b"groups", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsumptionResponse: _TypeAlias = GetConsumptionResponse  # noqa: Y015
+
+@_typing.final
+class SetOverdraftLimitRequest(_message.Message):
+    """What to allow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    OVERDRAFT_LIMIT_MICROS_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account; made if it is new."""
+    overdraft_limit_micros: _builtins.int
+    """Micro-credits, 0..10^15."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        overdraft_limit_micros: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overdraft_limit_micros", b"overdraft_limit_micros", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetOverdraftLimitRequest: _TypeAlias = SetOverdraftLimitRequest  # noqa: Y015
+
+@_typing.final
+class SetOverdraftLimitResponse(_message.Message):
+    """The account."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def balance(self) -> _balance_service_pb2.Balance:
+        """The account."""
+
+    def __init__(
+        self,
+        *,
+        balance: _balance_service_pb2.Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetOverdraftLimitResponse: _TypeAlias = SetOverdraftLimitResponse  # noqa: Y015
+
+@_typing.final
+class ListLotsRequest(_message.Message):
+    """Whose lots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    WITH_CLOSED_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account."""
+    with_closed: _builtins.bool
+    """Those that are used up or ended too."""
+    page_size: _builtins.int
+    """Most to answer, 1..500. Absent or 0 = 50."""
+    page_token: _builtins.str
+    """next_page_token of the page before; empty = the first."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        with_closed: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id", "with_closed", b"with_closed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLotsRequest: _TypeAlias = ListLotsRequest  # noqa: Y015
+
+@_typing.final
+class Lot(_message.Message):
+    """Credit that came in together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOT_SEQ_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    GRANTED_MICROS_FIELD_NUMBER: _builtins.int
+    REMAINING_MICROS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    ORDER_ID_FIELD_NUMBER: _builtins.int
+    GRANTED_AT_FIELD_NUMBER: _builtins.int
+    lot_seq: _builtins.int
+    """Number of the entry that made it."""
+    source: _transaction_pb2.TransactionSource.ValueType
+    """Where the credit came from first."""
+    priority: _builtins.int
+    """Lots with a lower number are spent first, then those that end earlier, then older ones."""
+    granted_micros: _builtins.int
+    """Micro-credits that it began with."""
+    remaining_micros: _builtins.int
+    """Micro-credits left."""
+    order_id: _builtins.str
+    """Order that made it."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it ends; absent = never."""
+
+    @_builtins.property
+    def granted_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    def __init__(
+        self,
+        *,
+        lot_seq: _builtins.int = ...,
+        source: _transaction_pb2.TransactionSource.ValueType = ...,
+        priority: _builtins.int = ...,
+        granted_micros: _builtins.int = ...,
+        remaining_micros: _builtins.int = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        order_id: _builtins.str = ...,
+        granted_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "granted_at", b"granted_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "granted_at", b"granted_at", "granted_micros", b"granted_micros", "lot_seq", b"lot_seq", "order_id", b"order_id", "priority", b"priority", "remaining_micros", b"remaining_micros", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lot: _TypeAlias = Lot  # noqa: Y015
+
+@_typing.final
+class ListLotsResponse(_message.Message):
+    """The lots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty = the last."""
+    @_builtins.property
+    def lots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lot]:
+        """In the order of spending; with closed ones, by number."""
+
+    def __init__(
+        self,
+        *,
+        lots: _abc.Iterable[Global___Lot] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lots", b"lots", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLotsResponse: _TypeAlias = ListLotsResponse  # noqa: Y015

@@ -60,6 +60,36 @@ class LedgerServiceStub:
                 request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerResponse.FromString,
                 _registered_method=True)
+        self.ReverseTransaction = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.LedgerService/ReverseTransaction',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionResponse.FromString,
+                _registered_method=True)
+        self.ExportTransactions = channel.unary_stream(
+                '/creditmesh.tokenstore.v1.LedgerService/ExportTransactions',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsResponse.FromString,
+                _registered_method=True)
+        self.GetBalanceAt = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.LedgerService/GetBalanceAt',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtResponse.FromString,
+                _registered_method=True)
+        self.GetConsumption = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.LedgerService/GetConsumption',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionResponse.FromString,
+                _registered_method=True)
+        self.SetOverdraftLimit = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.LedgerService/SetOverdraftLimit',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitResponse.FromString,
+                _registered_method=True)
+        self.ListLots = channel.unary_unary(
+                '/creditmesh.tokenstore.v1.LedgerService/ListLots',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsResponse.FromString,
+                _registered_method=True)
 
 
 class LedgerServiceServicer:
@@ -101,6 +131,48 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReverseTransaction(self, request, context):
+        """Undoes an entry by another one, once. Credit goes back to the lots it came from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportTransactions(self, request, context):
+        """Every entry of one account, or of all, in the order of booking, with the hash before it: enough for a proof.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBalanceAt(self, request, context):
+        """What an account had at a moment, by the time of booking.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConsumption(self, request, context):
+        """What was used in a period: sums by hour that agree with the ledger to the unit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetOverdraftLimit(self, request, context):
+        """How far below zero holds (and refunds, by policy) may take an account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLots(self, request, context):
+        """An account's credit by lot, in the order in which it is spent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LedgerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +200,36 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.VerifyLedger,
                     request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerRequest.FromString,
                     response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerResponse.SerializeToString,
+            ),
+            'ReverseTransaction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReverseTransaction,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionResponse.SerializeToString,
+            ),
+            'ExportTransactions': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportTransactions,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsResponse.SerializeToString,
+            ),
+            'GetBalanceAt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBalanceAt,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtResponse.SerializeToString,
+            ),
+            'GetConsumption': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConsumption,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionResponse.SerializeToString,
+            ),
+            'SetOverdraftLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetOverdraftLimit,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitResponse.SerializeToString,
+            ),
+            'ListLots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLots,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +368,168 @@ class LedgerService:
             '/creditmesh.tokenstore.v1.LedgerService/VerifyLedger',
             creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerRequest.SerializeToString,
             creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.VerifyLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReverseTransaction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/ReverseTransaction',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ReverseTransactionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportTransactions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/ExportTransactions',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ExportTransactionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBalanceAt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/GetBalanceAt',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetBalanceAtResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConsumption(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/GetConsumption',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.GetConsumptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetOverdraftLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/SetOverdraftLimit',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.SetOverdraftLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.LedgerService/ListLots',
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_ledger__service__pb2.ListLotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,18 @@ class LedgerServiceStub:
     """Recomputes a charge from the books, line by line."""
     VerifyLedger: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.VerifyLedgerRequest, _ledger_service_pb2.VerifyLedgerResponse]
     """Checks hash chain, numbers, balances and holds; streams what is wrong, then a summary."""
+    ReverseTransaction: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ReverseTransactionRequest, _ledger_service_pb2.ReverseTransactionResponse]
+    """Undoes an entry by another one, once. Credit goes back to the lots it came from."""
+    ExportTransactions: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ExportTransactionsRequest, _ledger_service_pb2.ExportTransactionsResponse]
+    """Every entry of one account, or of all, in the order of booking, with the hash before it: enough for a proof."""
+    GetBalanceAt: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetBalanceAtRequest, _ledger_service_pb2.GetBalanceAtResponse]
+    """What an account had at a moment, by the time of booking."""
+    GetConsumption: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetConsumptionRequest, _ledger_service_pb2.GetConsumptionResponse]
+    """What was used in a period: sums by hour that agree with the ledger to the unit."""
+    SetOverdraftLimit: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.SetOverdraftLimitRequest, _ledger_service_pb2.SetOverdraftLimitResponse]
+    """How far below zero holds (and refunds, by policy) may take an account."""
+    ListLots: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ListLotsRequest, _ledger_service_pb2.ListLotsResponse]
+    """An account's credit by lot, in the order in which it is spent."""
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The books."""
@@ -69,5 +81,53 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_ledger_service_pb2.VerifyLedgerRequest, _abc.AsyncIterator[_ledger_service_pb2.VerifyLedgerResponse]],
     ) -> _abc.AsyncIterator[_ledger_service_pb2.VerifyLedgerResponse]:
         """Checks hash chain, numbers, balances and holds; streams what is wrong, then a summary."""
+
+    @_abc_1.abstractmethod
+    def ReverseTransaction(
+        self,
+        request: _ledger_service_pb2.ReverseTransactionRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.ReverseTransactionRequest, _abc.Awaitable[_ledger_service_pb2.ReverseTransactionResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.ReverseTransactionResponse]:
+        """Undoes an entry by another one, once. Credit goes back to the lots it came from."""
+
+    @_abc_1.abstractmethod
+    def ExportTransactions(
+        self,
+        request: _ledger_service_pb2.ExportTransactionsRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.ExportTransactionsRequest, _abc.AsyncIterator[_ledger_service_pb2.ExportTransactionsResponse]],
+    ) -> _abc.AsyncIterator[_ledger_service_pb2.ExportTransactionsResponse]:
+        """Every entry of one account, or of all, in the order of booking, with the hash before it: enough for a proof."""
+
+    @_abc_1.abstractmethod
+    def GetBalanceAt(
+        self,
+        request: _ledger_service_pb2.GetBalanceAtRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.GetBalanceAtRequest, _abc.Awaitable[_ledger_service_pb2.GetBalanceAtResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.GetBalanceAtResponse]:
+        """What an account had at a moment, by the time of booking."""
+
+    @_abc_1.abstractmethod
+    def GetConsumption(
+        self,
+        request: _ledger_service_pb2.GetConsumptionRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.GetConsumptionRequest, _abc.Awaitable[_ledger_service_pb2.GetConsumptionResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.GetConsumptionResponse]:
+        """What was used in a period: sums by hour that agree with the ledger to the unit."""
+
+    @_abc_1.abstractmethod
+    def SetOverdraftLimit(
+        self,
+        request: _ledger_service_pb2.SetOverdraftLimitRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.SetOverdraftLimitRequest, _abc.Awaitable[_ledger_service_pb2.SetOverdraftLimitResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.SetOverdraftLimitResponse]:
+        """How far below zero holds (and refunds, by policy) may take an account."""
+
+    @_abc_1.abstractmethod
+    def ListLots(
+        self,
+        request: _ledger_service_pb2.ListLotsRequest,
+        context: _aio.ServicerContext[_ledger_service_pb2.ListLotsRequest, _abc.Awaitable[_ledger_service_pb2.ListLotsResponse]],
+    ) -> _abc.Awaitable[_ledger_service_pb2.ListLotsResponse]:
+        """An account's credit by lot, in the order in which it is spent."""
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _aio.Server) -> None: ...

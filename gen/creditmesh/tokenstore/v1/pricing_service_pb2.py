@@ -27,13 +27,17 @@ from creditmesh.common.v1 import billing_pb2 as creditmesh_dot_common_dot_v1_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.creditmesh/tokenstore/v1/pricing_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x87\n\n\tPriceRule\x12#\n\x07rule_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12!\n\x05scene\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x05 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12#\n\x08\x63urrency\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{3}$\x12\x33\n\x1binput_price_micros_per_mtok\x18\x07 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12\x34\n\x1coutput_price_micros_per_mtok\x18\x08 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12?\n\"cached_input_price_micros_per_mtok\x18\t \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x00\x88\x01\x01\x12>\n!cache_write_price_micros_per_mtok\x18\n \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x01\x88\x01\x01\x12<\n\x1freasoning_price_micros_per_mtok\x18\x0b \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x02\x88\x01\x01\x12>\n!input_audio_price_micros_per_mtok\x18\x0c \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x03\x88\x01\x01\x12?\n\"output_audio_price_micros_per_mtok\x18\r \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x04\x88\x01\x01\x12,\n\x15per_call_price_micros\x18\x0e \x01(\x03\x42\r\xbaH\n\"\x08\x18\x80\x94\xeb\xdc\x03(\x00\x12.\n\x19\x63redits_per_currency_unit\x18\x0f \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x01\x12(\n\nmarkup_bps\x18\x10 \x01(\x05\x42\x14\xbaH\x11\x1a\x0f\x18\xc0\x84=(\xf0\xb1\xff\xff\xff\xff\xff\xff\xff\x01\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x43\n\x06status\x18\x12 \x01(\x0e\x32).creditmesh.tokenstore.v1.PriceRuleStatusB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12.\n\nvalid_from\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08valid_to\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x0b\x64\x65scription\x18\x15 \x01(\tB\x13\xbaH\x10r\x0e\x18\xff\x01\x32\t^\\P{Cc}*$\x12\x32\n\x05rates\x18\x16 \x01(\x0b\x32\x1b.creditmesh.common.v1.RatesB\x06\xbaH\x03\xd8\x01\x03\x12.\n\ncreated_at\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.TimestampB%\n#_cached_input_price_micros_per_mtokB$\n\"_cache_write_price_micros_per_mtokB\"\n _reasoning_price_micros_per_mtokB$\n\"_input_audio_price_micros_per_mtokB%\n#_output_audio_price_micros_per_mtok\"\x89\x01\n\x16\x43reatePriceRuleRequest\x12?\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRuleB\x06\xbaH\x03\xc8\x01\x01\x12.\n\x0fidempotency_key\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\"R\n\x17\x43reatePriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\x89\x01\n\x16UpdatePriceRuleRequest\x12?\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRuleB\x06\xbaH\x03\xc8\x01\x01\x12.\n\x0fidempotency_key\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\"R\n\x17UpdatePriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\x86\x02\n\x15ListPriceRulesRequest\x12!\n\x05scene\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x43\n\x06status\x18\x04 \x01(\x0e\x32).creditmesh.tokenstore.v1.PriceRuleStatusB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"k\n\x16ListPriceRulesResponse\x12\x38\n\x0bprice_rules\x18\x01 \x03(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x13GetPriceRuleRequest\x12%\n\x07rule_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x18\n\x07version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"O\n\x14GetPriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\xcf\x01\n\x0cQuoteRequest\x12!\n\x05scene\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.creditmesh.common.v1.Usage\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"R\n\rQuoteResponse\x12*\n\x05quote\x18\x01 \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12\x15\n\rcredit_micros\x18\x02 \x01(\x03*r\n\x0fPriceRuleStatus\x12!\n\x1dPRICE_RULE_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18PRICE_RULE_STATUS_ACTIVE\x10\x01\x12\x1e\n\x1aPRICE_RULE_STATUS_INACTIVE\x10\x02\x32\xbe\x04\n\x0ePricingService\x12v\n\x0f\x43reatePriceRule\x12\x30.creditmesh.tokenstore.v1.CreatePriceRuleRequest\x1a\x31.creditmesh.tokenstore.v1.CreatePriceRuleResponse\x12v\n\x0fUpdatePriceRule\x12\x30.creditmesh.tokenstore.v1.UpdatePriceRuleRequest\x1a\x31.creditmesh.tokenstore.v1.UpdatePriceRuleResponse\x12s\n\x0eListPriceRules\x12/.creditmesh.tokenstore.v1.ListPriceRulesRequest\x1a\x30.creditmesh.tokenstore.v1.ListPriceRulesResponse\x12m\n\x0cGetPriceRule\x12-.creditmesh.tokenstore.v1.GetPriceRuleRequest\x1a..creditmesh.tokenstore.v1.GetPriceRuleResponse\x12X\n\x05Quote\x12&.creditmesh.tokenstore.v1.QuoteRequest\x1a\'.creditmesh.tokenstore.v1.QuoteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.creditmesh/tokenstore/v1/pricing_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Z\n\tUnitPrice\x12\'\n\tunit_type\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18 2\t^\\P{Cc}*$\x12$\n\x0cprice_micros\x18\x02 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\"\xcb\n\n\tPriceRule\x12#\n\x07rule_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12!\n\x05scene\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x05 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12#\n\x08\x63urrency\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{3}$\x12\x33\n\x1binput_price_micros_per_mtok\x18\x07 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12\x34\n\x1coutput_price_micros_per_mtok\x18\x08 \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00\x12?\n\"cached_input_price_micros_per_mtok\x18\t \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x00\x88\x01\x01\x12>\n!cache_write_price_micros_per_mtok\x18\n \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x01\x88\x01\x01\x12<\n\x1freasoning_price_micros_per_mtok\x18\x0b \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x02\x88\x01\x01\x12>\n!input_audio_price_micros_per_mtok\x18\x0c \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x03\x88\x01\x01\x12?\n\"output_audio_price_micros_per_mtok\x18\r \x01(\x03\x42\x0e\xbaH\x0b\"\t\x18\x80\xa0\x94\xa5\x8d\x1d(\x00H\x04\x88\x01\x01\x12,\n\x15per_call_price_micros\x18\x0e \x01(\x03\x42\r\xbaH\n\"\x08\x18\x80\x94\xeb\xdc\x03(\x00\x12.\n\x19\x63redits_per_currency_unit\x18\x0f \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x01\x12(\n\nmarkup_bps\x18\x10 \x01(\x05\x42\x14\xbaH\x11\x1a\x0f\x18\xc0\x84=(\xf0\xb1\xff\xff\xff\xff\xff\xff\xff\x01\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x43\n\x06status\x18\x12 \x01(\x0e\x32).creditmesh.tokenstore.v1.PriceRuleStatusB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12.\n\nvalid_from\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08valid_to\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x0b\x64\x65scription\x18\x15 \x01(\tB\x13\xbaH\x10r\x0e\x18\xff\x01\x32\t^\\P{Cc}*$\x12\x32\n\x05rates\x18\x16 \x01(\x0b\x32\x1b.creditmesh.common.v1.RatesB\x06\xbaH\x03\xd8\x01\x03\x12.\n\ncreated_at\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x42\n\x0bunit_prices\x18\x18 \x03(\x0b\x32#.creditmesh.tokenstore.v1.UnitPriceB\x08\xbaH\x05\x92\x01\x02\x10 B%\n#_cached_input_price_micros_per_mtokB$\n\"_cache_write_price_micros_per_mtokB\"\n _reasoning_price_micros_per_mtokB$\n\"_input_audio_price_micros_per_mtokB%\n#_output_audio_price_micros_per_mtok\"\x89\x01\n\x16\x43reatePriceRuleRequest\x12?\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRuleB\x06\xbaH\x03\xc8\x01\x01\x12.\n\x0fidempotency_key\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\"R\n\x17\x43reatePriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\x89\x01\n\x16UpdatePriceRuleRequest\x12?\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRuleB\x06\xbaH\x03\xc8\x01\x01\x12.\n\x0fidempotency_key\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\"R\n\x17UpdatePriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\x86\x02\n\x15ListPriceRulesRequest\x12!\n\x05scene\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x43\n\x06status\x18\x04 \x01(\x0e\x32).creditmesh.tokenstore.v1.PriceRuleStatusB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"k\n\x16ListPriceRulesResponse\x12\x38\n\x0bprice_rules\x18\x01 \x03(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x13GetPriceRuleRequest\x12%\n\x07rule_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x18\n\x07version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"O\n\x14GetPriceRuleResponse\x12\x37\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRule\"\x94\x02\n\x0cQuoteRequest\x12!\n\x05scene\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.creditmesh.common.v1.Usage\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\tunit_type\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18 2\t^\\P{Cc}*$\x12\x1c\n\x0bunit_amount\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18 \"e\n\rQuoteResponse\x12*\n\x05quote\x18\x01 \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12\x15\n\rcredit_micros\x18\x02 \x01(\x03\x12\x11\n\tunit_pico\x18\x03 \x01(\x03\"\xd0\x01\n\x16SimulatePricingRequest\x12?\n\nprice_rule\x18\x01 \x01(\x0b\x32#.creditmesh.tokenstore.v1.PriceRuleB\x06\xbaH\x03\xc8\x01\x01\x12#\n\x07user_id\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12(\n\x04\x66rom\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x02to\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8d\x01\n\x17SimulatePricingResponse\x12\x0f\n\x07\x63harges\x18\x01 \x01(\x03\x12\x0f\n\x07matched\x18\x02 \x01(\x03\x12\x16\n\x0e\x63harged_micros\x18\x03 \x01(\x03\x12\x18\n\x10simulated_micros\x18\x04 \x01(\x03\x12\x10\n\x08unpriced\x18\x05 \x01(\x03\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08*r\n\x0fPriceRuleStatus\x12!\n\x1dPRICE_RULE_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18PRICE_RULE_STATUS_ACTIVE\x10\x01\x12\x1e\n\x1aPRICE_RULE_STATUS_INACTIVE\x10\x02\x32\xb8\x05\n\x0ePricingService\x12v\n\x0f\x43reatePriceRule\x12\x30.creditmesh.tokenstore.v1.CreatePriceRuleRequest\x1a\x31.creditmesh.tokenstore.v1.CreatePriceRuleResponse\x12v\n\x0fUpdatePriceRule\x12\x30.creditmesh.tokenstore.v1.UpdatePriceRuleRequest\x1a\x31.creditmesh.tokenstore.v1.UpdatePriceRuleResponse\x12s\n\x0eListPriceRules\x12/.creditmesh.tokenstore.v1.ListPriceRulesRequest\x1a\x30.creditmesh.tokenstore.v1.ListPriceRulesResponse\x12m\n\x0cGetPriceRule\x12-.creditmesh.tokenstore.v1.GetPriceRuleRequest\x1a..creditmesh.tokenstore.v1.GetPriceRuleResponse\x12X\n\x05Quote\x12&.creditmesh.tokenstore.v1.QuoteRequest\x1a\'.creditmesh.tokenstore.v1.QuoteResponse\x12x\n\x0fSimulatePricing\x12\x30.creditmesh.tokenstore.v1.SimulatePricingRequest\x1a\x31.creditmesh.tokenstore.v1.SimulatePricingResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'creditmesh.tokenstore.v1.pricing_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_UNITPRICE'].fields_by_name['unit_type']._loaded_options = None
+  _globals['_UNITPRICE'].fields_by_name['unit_type']._serialized_options = b'\272H\021r\017\020\001\030 2\t^\\P{Cc}*$'
+  _globals['_UNITPRICE'].fields_by_name['price_micros']._loaded_options = None
+  _globals['_UNITPRICE'].fields_by_name['price_micros']._serialized_options = b'\272H\013\"\t\030\200\240\224\245\215\035(\000'
   _globals['_PRICERULE'].fields_by_name['rule_id']._loaded_options = None
   _globals['_PRICERULE'].fields_by_name['rule_id']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
   _globals['_PRICERULE'].fields_by_name['scene']._loaded_options = None
@@ -70,6 +74,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRICERULE'].fields_by_name['description']._serialized_options = b'\272H\020r\016\030\377\0012\t^\\P{Cc}*$'
   _globals['_PRICERULE'].fields_by_name['rates']._loaded_options = None
   _globals['_PRICERULE'].fields_by_name['rates']._serialized_options = b'\272H\003\330\001\003'
+  _globals['_PRICERULE'].fields_by_name['unit_prices']._loaded_options = None
+  _globals['_PRICERULE'].fields_by_name['unit_prices']._serialized_options = b'\272H\005\222\001\002\020 '
   _globals['_CREATEPRICERULEREQUEST'].fields_by_name['price_rule']._loaded_options = None
   _globals['_CREATEPRICERULEREQUEST'].fields_by_name['price_rule']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CREATEPRICERULEREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
@@ -100,30 +106,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUOTEREQUEST'].fields_by_name['provider']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
   _globals['_QUOTEREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_QUOTEREQUEST'].fields_by_name['model']._serialized_options = b'\272H\020r\016\030\200\0012\t^\\P{Cc}*$'
-  _globals['_PRICERULESTATUS']._serialized_start=2749
-  _globals['_PRICERULESTATUS']._serialized_end=2863
-  _globals['_PRICERULE']._serialized_start=175
-  _globals['_PRICERULE']._serialized_end=1462
-  _globals['_CREATEPRICERULEREQUEST']._serialized_start=1465
-  _globals['_CREATEPRICERULEREQUEST']._serialized_end=1602
-  _globals['_CREATEPRICERULERESPONSE']._serialized_start=1604
-  _globals['_CREATEPRICERULERESPONSE']._serialized_end=1686
-  _globals['_UPDATEPRICERULEREQUEST']._serialized_start=1689
-  _globals['_UPDATEPRICERULEREQUEST']._serialized_end=1826
-  _globals['_UPDATEPRICERULERESPONSE']._serialized_start=1828
-  _globals['_UPDATEPRICERULERESPONSE']._serialized_end=1910
-  _globals['_LISTPRICERULESREQUEST']._serialized_start=1913
-  _globals['_LISTPRICERULESREQUEST']._serialized_end=2175
-  _globals['_LISTPRICERULESRESPONSE']._serialized_start=2177
-  _globals['_LISTPRICERULESRESPONSE']._serialized_end=2284
-  _globals['_GETPRICERULEREQUEST']._serialized_start=2286
-  _globals['_GETPRICERULEREQUEST']._serialized_end=2372
-  _globals['_GETPRICERULERESPONSE']._serialized_start=2374
-  _globals['_GETPRICERULERESPONSE']._serialized_end=2453
-  _globals['_QUOTEREQUEST']._serialized_start=2456
-  _globals['_QUOTEREQUEST']._serialized_end=2663
-  _globals['_QUOTERESPONSE']._serialized_start=2665
-  _globals['_QUOTERESPONSE']._serialized_end=2747
-  _globals['_PRICINGSERVICE']._serialized_start=2866
-  _globals['_PRICINGSERVICE']._serialized_end=3440
+  _globals['_QUOTEREQUEST'].fields_by_name['unit_type']._loaded_options = None
+  _globals['_QUOTEREQUEST'].fields_by_name['unit_type']._serialized_options = b'\272H\017r\r\030 2\t^\\P{Cc}*$'
+  _globals['_QUOTEREQUEST'].fields_by_name['unit_amount']._loaded_options = None
+  _globals['_QUOTEREQUEST'].fields_by_name['unit_amount']._serialized_options = b'\272H\004r\002\030 '
+  _globals['_SIMULATEPRICINGREQUEST'].fields_by_name['price_rule']._loaded_options = None
+  _globals['_SIMULATEPRICINGREQUEST'].fields_by_name['price_rule']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_SIMULATEPRICINGREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_SIMULATEPRICINGREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
+  _globals['_PRICERULESTATUS']._serialized_start=3352
+  _globals['_PRICERULESTATUS']._serialized_end=3466
+  _globals['_UNITPRICE']._serialized_start=174
+  _globals['_UNITPRICE']._serialized_end=264
+  _globals['_PRICERULE']._serialized_start=267
+  _globals['_PRICERULE']._serialized_end=1622
+  _globals['_CREATEPRICERULEREQUEST']._serialized_start=1625
+  _globals['_CREATEPRICERULEREQUEST']._serialized_end=1762
+  _globals['_CREATEPRICERULERESPONSE']._serialized_start=1764
+  _globals['_CREATEPRICERULERESPONSE']._serialized_end=1846
+  _globals['_UPDATEPRICERULEREQUEST']._serialized_start=1849
+  _globals['_UPDATEPRICERULEREQUEST']._serialized_end=1986
+  _globals['_UPDATEPRICERULERESPONSE']._serialized_start=1988
+  _globals['_UPDATEPRICERULERESPONSE']._serialized_end=2070
+  _globals['_LISTPRICERULESREQUEST']._serialized_start=2073
+  _globals['_LISTPRICERULESREQUEST']._serialized_end=2335
+  _globals['_LISTPRICERULESRESPONSE']._serialized_start=2337
+  _globals['_LISTPRICERULESRESPONSE']._serialized_end=2444
+  _globals['_GETPRICERULEREQUEST']._serialized_start=2446
+  _globals['_GETPRICERULEREQUEST']._serialized_end=2532
+  _globals['_GETPRICERULERESPONSE']._serialized_start=2534
+  _globals['_GETPRICERULERESPONSE']._serialized_end=2613
+  _globals['_QUOTEREQUEST']._serialized_start=2616
+  _globals['_QUOTEREQUEST']._serialized_end=2892
+  _globals['_QUOTERESPONSE']._serialized_start=2894
+  _globals['_QUOTERESPONSE']._serialized_end=2995
+  _globals['_SIMULATEPRICINGREQUEST']._serialized_start=2998
+  _globals['_SIMULATEPRICINGREQUEST']._serialized_end=3206
+  _globals['_SIMULATEPRICINGRESPONSE']._serialized_start=3209
+  _globals['_SIMULATEPRICINGRESPONSE']._serialized_end=3350
+  _globals['_PRICINGSERVICE']._serialized_start=3469
+  _globals['_PRICINGSERVICE']._serialized_end=4165
 # @@protoc_insertion_point(module_scope)

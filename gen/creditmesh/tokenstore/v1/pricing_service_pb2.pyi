@@ -46,6 +46,32 @@ PRICE_RULE_STATUS_INACTIVE: PriceRuleStatus.ValueType  # 2
 Global___PriceRuleStatus: _TypeAlias = PriceRuleStatus  # noqa: Y015
 
 @_typing.final
+class UnitPrice(_message.Message):
+    """Price of one unit of something that is not tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_TYPE_FIELD_NUMBER: _builtins.int
+    PRICE_MICROS_FIELD_NUMBER: _builtins.int
+    unit_type: _builtins.str
+    """What is counted: request, second, character, image, ...; 1..32 characters."""
+    price_micros: _builtins.int
+    """Micro-units of the currency for one, 0..10^12."""
+    def __init__(
+        self,
+        *,
+        unit_type: _builtins.str = ...,
+        price_micros: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["price_micros", b"price_micros", "unit_type", b"unit_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitPrice: _TypeAlias = UnitPrice  # noqa: Y015
+
+@_typing.final
 class PriceRule(_message.Message):
     """Who and what a rule matches, and its prices. "*" matches anything; exact beats "*" (model first, then provider, then
     scene), then priority, then the newest. Prices are micro-units of the currency for a million tokens, 0..10^12.
@@ -76,6 +102,7 @@ class PriceRule(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     RATES_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
+    UNIT_PRICES_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     """Identity, made by the server; ignored on create."""
     version: _builtins.int
@@ -130,6 +157,10 @@ class PriceRule(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When the version was made; ignored on input."""
 
+    @_builtins.property
+    def unit_prices(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitPrice]:
+        """Prices of usage events; a rule serves only the units that it prices. At most 32, each unit once."""
+
     def __init__(
         self,
         *,
@@ -156,10 +187,11 @@ class PriceRule(_message.Message):
         description: _builtins.str = ...,
         rates: _billing_pb2.Rates | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
+        unit_prices: _abc.Iterable[Global___UnitPrice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_write_price_micros_per_mtok", b"_cache_write_price_micros_per_mtok", "_cached_input_price_micros_per_mtok", b"_cached_input_price_micros_per_mtok", "_input_audio_price_micros_per_mtok", b"_input_audio_price_micros_per_mtok", "_output_audio_price_micros_per_mtok", b"_output_audio_price_micros_per_mtok", "_reasoning_price_micros_per_mtok", b"_reasoning_price_micros_per_mtok", "cache_write_price_micros_per_mtok", b"cache_write_price_micros_per_mtok", "cached_input_price_micros_per_mtok", b"cached_input_price_micros_per_mtok", "created_at", b"created_at", "input_audio_price_micros_per_mtok", b"input_audio_price_micros_per_mtok", "output_audio_price_micros_per_mtok", b"output_audio_price_micros_per_mtok", "rates", b"rates", "reasoning_price_micros_per_mtok", b"reasoning_price_micros_per_mtok", "valid_from", b"valid_from", "valid_to", b"valid_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_write_price_micros_per_mtok", b"_cache_write_price_micros_per_mtok", "_cached_input_price_micros_per_mtok", b"_cached_input_price_micros_per_mtok", "_input_audio_price_micros_per_mtok", b"_input_audio_price_micros_per_mtok", "_output_audio_price_micros_per_mtok", b"_output_audio_price_micros_per_mtok", "_reasoning_price_micros_per_mtok", b"_reasoning_price_micros_per_mtok", "cache_write_price_micros_per_mtok", b"cache_write_price_micros_per_mtok", "cached_input_price_micros_per_mtok", b"cached_input_price_micros_per_mtok", "created_at", b"created_at", "credits_per_currency_unit", b"credits_per_currency_unit", "currency", b"currency", "description", b"description", "input_audio_price_micros_per_mtok", b"input_audio_price_micros_per_mtok", "input_price_micros_per_mtok", b"input_price_micros_per_mtok", "markup_bps", b"markup_bps", "model", b"model", "output_audio_price_micros_per_mtok", b"output_audio_price_micros_per_mtok", "output_price_micros_per_mtok", b"output_price_micros_per_mtok", "per_call_price_micros", b"per_call_price_micros", "priority", b"priority", "provider", b"provider", "rates", b"rates", "reasoning_price_micros_per_mtok", b"reasoning_price_micros_per_mtok", "rule_id", b"rule_id", "scene", b"scene", "status", b"status", "valid_from", b"valid_from", "valid_to", b"valid_to", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_write_price_micros_per_mtok", b"_cache_write_price_micros_per_mtok", "_cached_input_price_micros_per_mtok", b"_cached_input_price_micros_per_mtok", "_input_audio_price_micros_per_mtok", b"_input_audio_price_micros_per_mtok", "_output_audio_price_micros_per_mtok", b"_output_audio_price_micros_per_mtok", "_reasoning_price_micros_per_mtok", b"_reasoning_price_micros_per_mtok", "cache_write_price_micros_per_mtok", b"cache_write_price_micros_per_mtok", "cached_input_price_micros_per_mtok", b"cached_input_price_micros_per_mtok", "created_at", b"created_at", "credits_per_currency_unit", b"credits_per_currency_unit", "currency", b"currency", "description", b"description", "input_audio_price_micros_per_mtok", b"input_audio_price_micros_per_mtok", "input_price_micros_per_mtok", b"input_price_micros_per_mtok", "markup_bps", b"markup_bps", "model", b"model", "output_audio_price_micros_per_mtok", b"output_audio_price_micros_per_mtok", "output_price_micros_per_mtok", b"output_price_micros_per_mtok", "per_call_price_micros", b"per_call_price_micros", "priority", b"priority", "provider", b"provider", "rates", b"rates", "reasoning_price_micros_per_mtok", b"reasoning_price_micros_per_mtok", "rule_id", b"rule_id", "scene", b"scene", "status", b"status", "unit_prices", b"unit_prices", "valid_from", b"valid_from", "valid_to", b"valid_to", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_write_price_micros_per_mtok: _TypeAlias = _typing.Literal["cache_write_price_micros_per_mtok"]  # noqa: Y015
     _WhichOneofArgType__cache_write_price_micros_per_mtok: _TypeAlias = _typing.Literal["_cache_write_price_micros_per_mtok", b"_cache_write_price_micros_per_mtok"]  # noqa: Y015
@@ -419,12 +451,18 @@ class QuoteRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    UNIT_TYPE_FIELD_NUMBER: _builtins.int
+    UNIT_AMOUNT_FIELD_NUMBER: _builtins.int
     scene: _builtins.str
     """What the call is for. Empty = "chat"."""
     provider: _builtins.str
     """Provider, as price rules name it."""
     model: _builtins.str
     """Model, as price rules name it."""
+    unit_type: _builtins.str
+    """Price this unit instead of tokens; empty = tokens."""
+    unit_amount: _builtins.str
+    """How many units, a decimal number. Empty = only the price of one is told."""
     @_builtins.property
     def usage(self) -> _billing_pb2.Usage:
         """Usage to price. Absent = none: only the rates are told."""
@@ -441,10 +479,12 @@ class QuoteRequest(_message.Message):
         model: _builtins.str = ...,
         usage: _billing_pb2.Usage | None = ...,
         at: _timestamp_pb2.Timestamp | None = ...,
+        unit_type: _builtins.str = ...,
+        unit_amount: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "model", b"model", "provider", b"provider", "scene", b"scene", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "model", b"model", "provider", b"provider", "scene", b"scene", "unit_amount", b"unit_amount", "unit_type", b"unit_type", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,8 +498,11 @@ class QuoteResponse(_message.Message):
 
     QUOTE_FIELD_NUMBER: _builtins.int
     CREDIT_MICROS_FIELD_NUMBER: _builtins.int
+    UNIT_PICO_FIELD_NUMBER: _builtins.int
     credit_micros: _builtins.int
     """Micro-credits for the usage."""
+    unit_pico: _builtins.int
+    """Pico-credits for one unit; 0 for tokens."""
     @_builtins.property
     def quote(self) -> _billing_pb2.Quote:
         """Rule, version and rates."""
@@ -469,11 +512,89 @@ class QuoteResponse(_message.Message):
         *,
         quote: _billing_pb2.Quote | None = ...,
         credit_micros: _builtins.int = ...,
+        unit_pico: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quote", b"quote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_micros", b"credit_micros", "quote", b"quote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_micros", b"credit_micros", "quote", b"quote", "unit_pico", b"unit_pico"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QuoteResponse: _TypeAlias = QuoteResponse  # noqa: Y015
+
+@_typing.final
+class SimulatePricingRequest(_message.Message):
+    """What to try."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRICE_RULE_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Account. Empty = all."""
+    @_builtins.property
+    def price_rule(self) -> Global___PriceRule:
+        """The draft; with a rule_id it stands in for that rule, else beside the others. Its validity is not looked at."""
+
+    @_builtins.property
+    def to(self) -> _timestamp_pb2.Timestamp:
+        """Charges that happened before this. Absent = to the last."""
+
+    def __init__(
+        self,
+        *,
+        price_rule: Global___PriceRule | None = ...,
+        user_id: _builtins.str = ...,
+        to: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "price_rule", b"price_rule", "to", b"to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "price_rule", b"price_rule", "to", b"to", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatePricingRequest: _TypeAlias = SimulatePricingRequest  # noqa: Y015
+
+@_typing.final
+class SimulatePricingResponse(_message.Message):
+    """Sums so far; the last message is the result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHARGES_FIELD_NUMBER: _builtins.int
+    MATCHED_FIELD_NUMBER: _builtins.int
+    CHARGED_MICROS_FIELD_NUMBER: _builtins.int
+    SIMULATED_MICROS_FIELD_NUMBER: _builtins.int
+    UNPRICED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    charges: _builtins.int
+    """Charges looked at."""
+    matched: _builtins.int
+    """Of these, those that the draft would have priced."""
+    charged_micros: _builtins.int
+    """Micro-credits that were charged for all of them."""
+    simulated_micros: _builtins.int
+    """Micro-credits that would have been charged."""
+    unpriced: _builtins.int
+    """Usage that would have no price."""
+    done: _builtins.bool
+    """True in the last message."""
+    def __init__(
+        self,
+        *,
+        charges: _builtins.int = ...,
+        matched: _builtins.int = ...,
+        charged_micros: _builtins.int = ...,
+        simulated_micros: _builtins.int = ...,
+        unpriced: _builtins.int = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged_micros", b"charged_micros", "charges", b"charges", "done", b"done", "matched", b"matched", "simulated_micros", b"simulated_micros", "unpriced", b"unpriced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatePricingResponse: _TypeAlias = SimulatePricingResponse  # noqa: Y015

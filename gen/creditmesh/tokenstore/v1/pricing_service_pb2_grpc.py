@@ -60,6 +60,11 @@ class PricingServiceStub:
                 request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteResponse.FromString,
                 _registered_method=True)
+        self.SimulatePricing = channel.unary_stream(
+                '/creditmesh.tokenstore.v1.PricingService/SimulatePricing',
+                request_serializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingResponse.FromString,
+                _registered_method=True)
 
 
 class PricingServiceServicer:
@@ -101,6 +106,13 @@ class PricingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SimulatePricing(self, request, context):
+        """What a draft would have charged for the usage that is in the ledger; tells how far it is, then the sums.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PricingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_PricingServiceServicer_to_server(servicer, server):
                     servicer.Quote,
                     request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteRequest.FromString,
                     response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteResponse.SerializeToString,
+            ),
+            'SimulatePricing': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulatePricing,
+                    request_deserializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingRequest.FromString,
+                    response_serializer=creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class PricingService:
             '/creditmesh.tokenstore.v1.PricingService/Quote',
             creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteRequest.SerializeToString,
             creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.QuoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulatePricing(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/creditmesh.tokenstore.v1.PricingService/SimulatePricing',
+            creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingRequest.SerializeToString,
+            creditmesh_dot_tokenstore_dot_v1_dot_pricing__service__pb2.SimulatePricingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,8 @@ class PricingServiceStub:
     """One rule, newest or a given version."""
     Quote: _aio.UnaryUnaryMultiCallable[_pricing_service_pb2.QuoteRequest, _pricing_service_pb2.QuoteResponse]
     """What usage would cost."""
+    SimulatePricing: _aio.UnaryStreamMultiCallable[_pricing_service_pb2.SimulatePricingRequest, _pricing_service_pb2.SimulatePricingResponse]
+    """What a draft would have charged for the usage that is in the ledger; tells how far it is, then the sums."""
 
 class PricingServiceServicer(metaclass=_abc_1.ABCMeta):
     """What usage costs. Rules are versioned; a version never changes."""
@@ -69,5 +71,13 @@ class PricingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_pricing_service_pb2.QuoteRequest, _abc.Awaitable[_pricing_service_pb2.QuoteResponse]],
     ) -> _abc.Awaitable[_pricing_service_pb2.QuoteResponse]:
         """What usage would cost."""
+
+    @_abc_1.abstractmethod
+    def SimulatePricing(
+        self,
+        request: _pricing_service_pb2.SimulatePricingRequest,
+        context: _aio.ServicerContext[_pricing_service_pb2.SimulatePricingRequest, _abc.AsyncIterator[_pricing_service_pb2.SimulatePricingResponse]],
+    ) -> _abc.AsyncIterator[_pricing_service_pb2.SimulatePricingResponse]:
+        """What a draft would have charged for the usage that is in the ledger; tells how far it is, then the sums."""
 
 def add_PricingServiceServicer_to_server(servicer: PricingServiceServicer, server: _aio.Server) -> None: ...

@@ -133,6 +133,8 @@ class _TransactionFlagEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Trans
     """There was no hold for the charge."""
     TRANSACTION_FLAG_QUOTE_MISMATCH: _TransactionFlag.ValueType  # 4
     """The quoted rates were not those of the quoted rule version; the books' rates were used."""
+    TRANSACTION_FLAG_REPRICED: _TransactionFlag.ValueType  # 5
+    """The later price of usage that was booked unpriced."""
 
 class TransactionFlag(_TransactionFlag, metaclass=_TransactionFlagEnumTypeWrapper):
     """Something worth a look about an entry."""
@@ -147,6 +149,8 @@ TRANSACTION_FLAG_NO_HOLD: TransactionFlag.ValueType  # 3
 """There was no hold for the charge."""
 TRANSACTION_FLAG_QUOTE_MISMATCH: TransactionFlag.ValueType  # 4
 """The quoted rates were not those of the quoted rule version; the books' rates were used."""
+TRANSACTION_FLAG_REPRICED: TransactionFlag.ValueType  # 5
+"""The later price of usage that was booked unpriced."""
 Global___TransactionFlag: _TypeAlias = TransactionFlag  # noqa: Y015
 
 @_typing.final
@@ -178,6 +182,17 @@ class Transaction(_message.Message):
     ENTRY_HASH_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOTS_FIELD_NUMBER: _builtins.int
+    GRANTED_LOT_FIELD_NUMBER: _builtins.int
+    ORDER_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REVERSES_SEQ_FIELD_NUMBER: _builtins.int
+    REVERSED_BY_SEQ_FIELD_NUMBER: _builtins.int
+    UNIT_TYPE_FIELD_NUMBER: _builtins.int
+    UNIT_AMOUNT_FIELD_NUMBER: _builtins.int
+    UNIT_PICO_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     seq: _builtins.int
@@ -214,6 +229,24 @@ class Transaction(_message.Message):
     """SHA-256 over the entry and the hash before it."""
     request_id: _builtins.str
     """Idempotency key of the request."""
+    order_id: _builtins.str
+    """Order that was credited or refunded."""
+    actor: _builtins.str
+    """Who booked it: name of the service token."""
+    reverses_seq: _builtins.int
+    """Number of the entry that this one reverses; 0 = none."""
+    reversed_by_seq: _builtins.int
+    """Number of the entry that reversed this one; 0 = none. Told by GetTransaction and ListTransactions."""
+    unit_type: _builtins.str
+    """Usage of another service: what was counted, e.g. second; empty for tokens."""
+    unit_amount: _builtins.str
+    """How many units, a decimal number."""
+    unit_pico: _builtins.int
+    """Pico-credits for one unit."""
+    details: _builtins.str
+    """What else a usage event said, as JSON."""
+    form: _builtins.int
+    """Form of the entry's hash: see docs/ledger-hash.md."""
     @_builtins.property
     def usage(self) -> _billing_pb2.Usage:
         """What was used; absent unless a call."""
@@ -233,6 +266,14 @@ class Transaction(_message.Message):
     @_builtins.property
     def flags(self) -> _containers.RepeatedScalarFieldContainer[Global___TransactionFlag.ValueType]:
         """What is worth a look."""
+
+    @_builtins.property
+    def lots(self) -> _containers.RepeatedCompositeFieldContainer[Global___LotUse]:
+        """Lots that an expense used, or that an income went back to."""
+
+    @_builtins.property
+    def granted_lot(self) -> Global___GrantedLot:
+        """The lot that an income made, whose number is the entry's; absent when it made none."""
 
     def __init__(
         self,
@@ -260,11 +301,80 @@ class Transaction(_message.Message):
         entry_hash: _builtins.bytes = ...,
         flags: _abc.Iterable[Global___TransactionFlag.ValueType] | None = ...,
         request_id: _builtins.str = ...,
+        lots: _abc.Iterable[Global___LotUse] | None = ...,
+        granted_lot: Global___GrantedLot | None = ...,
+        order_id: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        reverses_seq: _builtins.int = ...,
+        reversed_by_seq: _builtins.int = ...,
+        unit_type: _builtins.str = ...,
+        unit_amount: _builtins.str = ...,
+        unit_pico: _builtins.int = ...,
+        details: _builtins.str = ...,
+        form: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["booked_at", b"booked_at", "occurred_at", b"occurred_at", "quote", b"quote", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["booked_at", b"booked_at", "granted_lot", b"granted_lot", "occurred_at", b"occurred_at", "quote", b"quote", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "balance_after_micros", b"balance_after_micros", "booked_at", b"booked_at", "call_id", b"call_id", "conversation_id", b"conversation_id", "description", b"description", "direction", b"direction", "entry_hash", b"entry_hash", "event_id", b"event_id", "flags", b"flags", "model", b"model", "occurred_at", b"occurred_at", "provider", b"provider", "quote", b"quote", "reference", b"reference", "request_id", b"request_id", "scene", b"scene", "seq", b"seq", "source", b"source", "source_label", b"source_label", "status", b"status", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "amount_micros", b"amount_micros", "balance_after_micros", b"balance_after_micros", "booked_at", b"booked_at", "call_id", b"call_id", "conversation_id", b"conversation_id", "description", b"description", "details", b"details", "direction", b"direction", "entry_hash", b"entry_hash", "event_id", b"event_id", "flags", b"flags", "form", b"form", "granted_lot", b"granted_lot", "lots", b"lots", "model", b"model", "occurred_at", b"occurred_at", "order_id", b"order_id", "provider", b"provider", "quote", b"quote", "reference", b"reference", "request_id", b"request_id", "reversed_by_seq", b"reversed_by_seq", "reverses_seq", b"reverses_seq", "scene", b"scene", "seq", b"seq", "source", b"source", "source_label", b"source_label", "status", b"status", "unit_amount", b"unit_amount", "unit_pico", b"unit_pico", "unit_type", b"unit_type", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Transaction: _TypeAlias = Transaction  # noqa: Y015
+
+@_typing.final
+class LotUse(_message.Message):
+    """Credit out of a lot, or back into it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOT_SEQ_FIELD_NUMBER: _builtins.int
+    MICROS_FIELD_NUMBER: _builtins.int
+    lot_seq: _builtins.int
+    """The lot: number of the entry that made it."""
+    micros: _builtins.int
+    """Micro-credits."""
+    def __init__(
+        self,
+        *,
+        lot_seq: _builtins.int = ...,
+        micros: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lot_seq", b"lot_seq", "micros", b"micros"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LotUse: _TypeAlias = LotUse  # noqa: Y015
+
+@_typing.final
+class GrantedLot(_message.Message):
+    """Terms of a lot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    source: Global___TransactionSource.ValueType
+    """Where the credit came from first."""
+    priority: _builtins.int
+    """Lots with a lower number are spent first."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When its credit ends; absent = never."""
+
+    def __init__(
+        self,
+        *,
+        source: Global___TransactionSource.ValueType = ...,
+        priority: _builtins.int = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "priority", b"priority", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantedLot: _TypeAlias = GrantedLot  # noqa: Y015

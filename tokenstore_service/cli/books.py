@@ -1,12 +1,15 @@
-"""Command line of tokenstore_service: the server's commands, and an operator's, which use the gRPC API only."""
+"""An operator's commands; they use the gRPC API only."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from creditmesh.tokenstore.v1 import (
     balance_service_pb2,
     balance_service_pb2_grpc,
+    charge_service_pb2,
+    charge_service_pb2_grpc,
     hold_service_pb2,
     hold_service_pb2_grpc,
     ledger_service_pb2,
@@ -18,20 +21,12 @@ from creditmesh.tokenstore.v1 import (
 
 from servicekit.cli import (
     Client,
-    ServiceCommands,
-    add_client_options,
     credits_text,
     fail,
     micros_from_text,
-    run_client,
     show_json,
 )
 from servicekit.core.ids import RandomIdSource
-from tokenstore_service.app import MIGRATIONS, serve
-from tokenstore_service.config import PREFIX, load
-from tokenstore_service.storage.tables import SCHEMA
-
-TARGET = "127.0.0.1:50052"
 
 
 def _balance_line(balance: balance_service_pb2.Balance) -> str:
@@ -69,12 +64,16 @@ async def _credit(client: Client, arguments: argparse.Namespace) -> None:
 
 def _transaction_line(entry: transaction_pb2.Transaction) -> str:
     source = transaction_pb2.TransactionSource.Name(entry.source).removeprefix("TRANSACTION_SOURCE_").lower()
-    what = f"{entry.model} {entry.usage.input_tokens}+{entry.usage.output_tokens} tokens"
+    what = entry.description
+    if entry.HasField("usage"):
+        what = f"{entry.model} {entry.usage.input_tokens}+{entry.usage.output_tokens} tokens"
+    elif entry.unit_type:
+        what = f"{entry.model} {entry.unit_amount} {entry.unit_type}"
     when = entry.booked_at.ToDatetime().isoformat(sep=" ", timespec="seconds")
     return (
         f"{entry.seq:>5}  {when}  {source:<10}  {credits_text(entry.amount_micros):>14}"
         f"  {credits_text(entry.balance_after_micros):>14}  {entry.event_id}"
-        f"  {entry.description if not entry.HasField('usage') else what}"
+        f"  {what}"
     )
 
 
@@ -146,45 +145,88 @@ async def _prices(client: Client, arguments: argparse.Namespace) -> None:
     show_json(await stub.ListPriceRules(request, metadata=client.metadata, timeout=client.timeout))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="tokenstore-service", description=__doc__)
-    commands = parser.add_subparsers()
-    service = ServiceCommands(
-        module="tokenstore_service", prefix=PREFIX, load=load, serve=serve, schema=SCHEMA, migrations_folder=MIGRATIONS
-    )
-    service.add_to(commands)
-    parser.set_defaults(run=service.serve)
+async def _issues(client: Client, arguments: argparse.Namespace) -> None:
+    stub = charge_service_pb2_grpc.ChargeServiceStub(client.channel)
+    request = charge_service_pb2.ListChargeIssuesRequest(user_id=arguments.user or "", page_size=100)
+    answer = await stub.ListChargeIssues(request, metadata=client.metadata, timeout=client.timeout)
+    if arguments.json:
+        show_json(answer)
+        return
+    for issue in answer.issues:
+        kind = charge_service_pb2.ChargeIssueKind.Name(issue.kind).removeprefix("CHARGE_ISSUE_KIND_").lower()
+        actions = [
+            charge_service_pb2.ChargeIssueAction.Name(action).removeprefix("CHARGE_ISSUE_ACTION_").lower()
+            for action in issue.actions
+        ]
+        what = f"{issue.user_id} {issue.event_id}: {issue.detail}"
+        print(f"{issue.issue_id:>6}  {kind:<12} {what} [{', '.join(actions)}]")
+    print(f"{len(answer.issues)} open{' (there are more)' if answer.next_page_token else ''}")
 
-    balance = commands.add_parser("balance", help="what an account has")
-    balance.set_defaults(client=_balance)
-    credit = commands.add_parser("credit", help="give an account credit, or take it")
+
+async def _resolve(client: Client, arguments: argparse.Namespace) -> None:
+    stub = charge_service_pb2_grpc.ChargeServiceStub(client.channel)
+    action = charge_service_pb2.ChargeIssueAction.Value(f"CHARGE_ISSUE_ACTION_{arguments.action.upper()}")
+    request = charge_service_pb2.ResolveChargeIssueRequest(
+        issue_id=arguments.issue, action=action, note=arguments.note
+    )
+    show_json(await stub.ResolveChargeIssue(request, metadata=client.metadata, timeout=client.timeout))
+
+
+async def _watch(client: Client, arguments: argparse.Namespace) -> None:
+    stub = balance_service_pb2_grpc.BalanceServiceStub(client.channel)
+    request = balance_service_pb2.WatchBalanceRequest(user_id=arguments.user)
+    async for answer in stub.WatchBalance(request, metadata=client.metadata):
+        print(_balance_line(answer.balance), flush=True)
+
+
+async def _usage(client: Client, arguments: argparse.Namespace) -> None:
+    stub = ledger_service_pb2_grpc.LedgerServiceStub(client.channel)
+    group = ledger_service_pb2.ConsumptionGroup.Value(f"CONSUMPTION_GROUP_{arguments.by.upper()}")
+    request = ledger_service_pb2.GetConsumptionRequest(
+        user_id=arguments.user, period=arguments.period, group_by=group
+    )
+    answer = await stub.GetConsumption(request, metadata=client.metadata, timeout=client.timeout)
+    if arguments.json:
+        show_json(answer)
+        return
+    for sums in [*answer.groups, answer.total]:
+        print(f"{sums.key or 'total':<24} {sums.calls:>8} calls {sums.total_tokens:>12} tokens"
+              f" {credits_text(sums.credit_micros):>16} credits")
+
+
+def add_to(commands: Any, add_client: Any) -> None:
+    def client_command(name: str, run: Any, text: str) -> Any:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(client=run)
+        return command
+
+    balance = client_command("balance", _balance, "what an account has")
+    watch = client_command("watch", _watch, "an account's balance, again after every change")
+    credit = client_command("credit", _credit, "give an account credit, or take it")
     credit.add_argument("user")
     credit.add_argument("credits", type=micros_from_text, help="credits, at most six decimals; negative takes")
     credit.add_argument("--reason", default="credit by command line")
-    credit.add_argument("--reference", default="")
+    credit.add_argument("--reference", default="command line")
     credit.add_argument("--key", default="", help="idempotency key; made when absent")
-    credit.set_defaults(client=_credit)
-    transactions = commands.add_parser("transactions", help="an account's newest entries")
+    transactions = client_command("transactions", _transactions, "an account's newest entries")
     transactions.add_argument("--limit", type=int, default=20)
-    transactions.set_defaults(client=_transactions)
-    explain = commands.add_parser("explain", help="recompute a charge from the books")
+    explain = client_command("explain", _explain, "recompute a charge from the books")
     explain.add_argument("user")
     explain.add_argument("event", nargs="?", help="event id, for a call its call_id; else the newest charge")
-    explain.set_defaults(client=_explain)
-    verify = commands.add_parser("verify", help="check the books of one account, or of all")
+    usage = client_command("usage", _usage, "what an account used, by hour's sums")
+    usage.add_argument("--period", choices=["24h", "7d", "30d", "all"], default="24h")
+    usage.add_argument("--by", choices=["none", "model", "scene", "hour", "day"], default="model")
+    verify = client_command("verify", _verify, "check the books of one account, or of all")
     verify.add_argument("user", nargs="?")
-    verify.set_defaults(client=_verify)
-    holds = commands.add_parser("holds", help="an account's open holds")
-    holds.set_defaults(client=_holds)
-    prices = commands.add_parser("prices", help="the price rules")
-    prices.set_defaults(client=_prices)
-    for command in (balance, transactions, holds):
+    holds = client_command("holds", _holds, "an account's open holds")
+    prices = client_command("prices", _prices, "the price rules")
+    issues = client_command("issues", _issues, "charges that are not simply applied, and what can be done")
+    issues.add_argument("user", nargs="?")
+    resolve = client_command("resolve", _resolve, "retry, reprice or dismiss an issue")
+    resolve.add_argument("issue", type=int)
+    resolve.add_argument("action", choices=["retry", "reprice", "dismiss"])
+    resolve.add_argument("--note", default="")
+    for command in (balance, watch, transactions, usage, holds):
         command.add_argument("user")
-    for command in (balance, credit, transactions, explain, verify, holds, prices):
-        add_client_options(command, target=TARGET)
-
-    arguments = parser.parse_args()
-    if hasattr(arguments, "client"):
-        run_client(arguments, arguments.client)
-    else:
-        arguments.run(arguments)
+    for command in (balance, watch, credit, transactions, explain, usage, verify, holds, prices, issues, resolve):
+        add_client(command)
