@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ import grpc
 import psycopg
 
 from benchmarks.charges import charges_by_kafka, charges_by_rpc
+from benchmarks.growth import GROWTH, export_all, grow, measure_reads
 from benchmarks.processes import Cpu, load, rss_megabytes, start
 from deploy.local.kafka import Kafka
 from deploy.local.postgres import Postgres
@@ -40,11 +44,14 @@ FROM unnest(%s::timestamptz[], %s::timestamptz[]) AS pair (booked, ended)
 class Bench:
     """Everything that runs during the measurements."""
 
-    def __init__(self, folder: Path, *, runs: int, seconds: float) -> None:
+    def __init__(self, folder: Path, *, runs: int, seconds: float, most_entries: int = GROWTH[-1]) -> None:
+        self.most_entries = most_entries
         self.runs = runs
         self.seconds = seconds
         self.folder = folder
-        self.postgres = Postgres(folder / "postgres", settings={"shared_buffers": "512MB"})
+        self.postgres = Postgres(
+            folder / "postgres", settings={"shared_buffers": "512MB", "max_wal_size": "8GB"}
+        )
         self.postgres.start()
         self.databases = Databases(self.postgres)
         self.upstream_port, self.echo_port = free_port(), free_port()
@@ -252,6 +259,59 @@ def charges(bench: Bench) -> Table:
     return rows
 
 
+def apply_alone(bench: Bench, url: str, *arguments: str) -> dict[str, float]:
+    """Medians of benchmarks.apply in a process of its own."""
+    figures = [
+        json.loads(subprocess.run(
+            [sys.executable, "-m", "benchmarks.apply", *arguments], env={**os.environ, "BENCH_DATABASE_URL": url},
+            capture_output=True, check=True,
+        ).stdout)
+        for _ in range(bench.runs)
+    ]
+    return {name: statistics.median(each[name] for each in figures) for name in figures[0]}
+
+
+def ledger(bench: Bench) -> Table:
+    rows: Table = []
+    for name, arguments in {
+        "1 000 accounts": (), "one hot account": ("--users=1",), "1 000 accounts with 200 lots each": ("--lots=200",),
+        "1 000 accounts with 200 lots, each for 9 charges": ("--lots=200", "--lot-micros=1000000"),
+    }.items():
+        got = apply_alone(bench, bench.databases.make("tokenstore"), *arguments)
+        rows.append((
+            f"charges applied alone, batches of 500, {name}", f"{got['rate']:.0f} charges/s",
+            f"Python {got['cpu_ms']:.3f} ms/charge; {got['wal_bytes']:.0f} bytes of WAL and"
+            f" {got['table_bytes']:.0f} bytes of tables and indexes per charge (bar: 20 000/s)",
+        ))
+    return rows
+
+
+def growth(bench: Bench) -> Table:
+    rows: Table = []
+    mesh = bench.new_mesh("growth")
+    for entries in (size for size in GROWTH if size <= bench.most_entries):
+        seconds = grow(mesh.tokenstore_url, entries)
+        got = apply_alone(bench, mesh.tokenstore_url, "--count=20000")
+        mesh.tokenstore.start()
+        mesh.wait_for_tokenstore()
+        reads = asyncio.run(measure_reads(mesh.tokenstore_address))
+        if entries == GROWTH[0]:
+            before = rss_megabytes(mesh.tokenstore.pid)
+            count, took = asyncio.run(export_all(mesh.tokenstore_address))
+            rows.append((
+                "ExportTransactions of everything", f"{count} entries in {took:.0f} s, {count / took:.0f}/s",
+                f"RSS of tokenstore_service {before:.0f} MB before, {rss_megabytes(mesh.tokenstore.pid):.0f} MB after",
+            ))
+        mesh.tokenstore.stop()
+        rows.append((
+            f"{entries // 10**6} million entries of 10 000 accounts",
+            f"apply {got['rate']:.0f} charges/s; page of 50 p50 {reads['page_p50']:.1f} p99 {reads['page_p99']:.1f} ms;"
+            f" 30 days by model p50 {reads['sums_p50']:.1f} p99 {reads['sums_p99']:.1f} ms",
+            f"filled in {seconds:.0f} s (bars: flat; page p99 <= 5 ms, dashboard <= 10 ms)",
+        ))
+    return rows
+
+
 def footprint(bench: Bench) -> Table:
     cold = [bench.cold_start]
     for _ in range(bench.runs - 1):
@@ -269,7 +329,10 @@ def footprint(bench: Bench) -> Table:
 
 MEASUREMENTS: dict[str, Callable[[Bench], Table]] = {
     "unary": unary, "streams": streams, "reads": reads, "footprint": footprint, "charges": charges,
+    "ledger": ledger, "growth": growth,
 }
+DEFAULT = [name for name in MEASUREMENTS if name != "growth"]
+"""`growth` fills tens of gigabytes and takes long: ask for it with --only growth."""
 
 
 def conditions(bench: Bench) -> list[str]:
@@ -299,11 +362,18 @@ def write(tables: dict[str, Table], text: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(old: str, new: str) -> str:
+    """The new file, with the sections of the old one that were not measured this time, and its notes."""
+    measured = {part.partition("\n")[0] for part in new.split("\n## ")[1:]}
+    kept = [part for part in old.split("\n## ")[1:] if part.partition("\n")[0] not in measured]
+    return "\n## ".join([new.rstrip("\n") + "\n", *kept])
+
+
 @contextlib.contextmanager
-def running(runs: int, seconds: float) -> Iterator[Bench]:
+def running(runs: int, seconds: float, most_entries: int = GROWTH[-1]) -> Iterator[Bench]:
     folder = Path(tempfile.mkdtemp(prefix="creditmesh-bench-"))
     folder.chmod(0o755)
-    bench = Bench(folder, runs=runs, seconds=seconds)
+    bench = Bench(folder, runs=runs, seconds=seconds, most_entries=most_entries)
     try:
         yield bench
     finally:
@@ -313,18 +383,18 @@ def running(runs: int, seconds: float) -> Iterator[Bench]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=DEFAULT)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--most-entries", type=int, default=GROWTH[-1], help="where growth ends")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    with running(arguments.runs, arguments.seconds) as bench:
+    with running(arguments.runs, arguments.seconds, arguments.most_entries) as bench:
         tables = {name: MEASUREMENTS[name](bench) for name in arguments.only}
         text = write(tables, conditions(bench))
     print(text)
     if not arguments.no_write:
-        notes = RESULTS.read_text().partition("\n## Notes\n") if RESULTS.exists() else ("", "", "")
-        RESULTS.write_text(text + (notes[1] + notes[2] if notes[1] else ""))
+        RESULTS.write_text(merged(RESULTS.read_text() if RESULTS.exists() else "", text))
 
 
 if __name__ == "__main__":
