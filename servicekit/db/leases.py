@@ -23,7 +23,6 @@ UPDATE job_lease SET owner = %(owner)s, lease_until = now() + %(lease)s
 WHERE name = %(name)s AND (owner = %(owner)s OR lease_until <= now()) RETURNING cursor
 """
 MOVE = "UPDATE job_lease SET cursor = %(cursor)s WHERE name = %(name)s AND owner = %(owner)s AND lease_until > now()"
-RELEASE = "UPDATE job_lease SET lease_until = 'epoch', owner = '' WHERE name = %(name)s AND owner = %(owner)s"
 
 
 def lease_table(metadata: MetaData) -> None:
@@ -57,7 +56,3 @@ class Leases:
         async with self._database.connection() as connection:
             moved = await connection.execute(MOVE, {"name": name, "owner": self._owner, "cursor": cursor})
             return moved.rowcount == 1
-
-    async def release(self, name: str) -> None:
-        async with self._database.connection() as connection:
-            await connection.execute(RELEASE, {"name": name, "owner": self._owner})

@@ -41,7 +41,7 @@ from tokenstore_service.domain.entry import Entry, EntrySource, EntryStatus, ent
 from tokenstore_service.domain.errors import AmountOutOfRange
 from tokenstore_service.domain.hold import Hold, HoldState
 from tokenstore_service.domain.lot import Lot, LotUse, take_from, uses_from_text, uses_to_text
-from tokenstore_service.domain.order import Order, OrderStatus, OrderStep
+from tokenstore_service.domain.order import ALLOWED, Order, OrderStatus, OrderStep
 from tokenstore_service.domain.period import Slot, period_start
 from tokenstore_service.domain.policy import DEFAULT_POLICY, Policy
 from tokenstore_service.domain.price_rule import PriceBook
@@ -473,7 +473,8 @@ class Book:
     # Orders
 
     def step_order(self, order: Order, status: OrderStatus, *, actor: str, note: str) -> None:
-        """Moves an order on and writes it down in its history."""
+        """Moves an order on, where that is allowed, and writes it down in its history."""
+        assert order.steps == 0 or status is order.status or (order.status, status) in ALLOWED
         key = (order.user_id, order.order_id)
         order.status = status
         order.steps += 1
