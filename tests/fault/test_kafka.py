@@ -285,6 +285,13 @@ def test_what_the_database_never_takes_is_passed_by_and_sent_again_later(
     assert "1 would be sent" in replay("--dead-letters", "--dry-run")
     assert "1 sent again" in replay("--dead-letters", "--reason", "booked")
     wait_until(lambda: set(entries_of(mesh, "erin")) == {"before", "after", "broken"}, what="the broken one")
+    request = charge_service_pb2.ListChargeIssuesRequest(user_id="erin")
+    (issue,) = mesh.charges.ListChargeIssues(request, timeout=5).issues
+    done = mesh.charges.ResolveChargeIssue(charge_service_pb2.ResolveChargeIssueRequest(
+        issue_id=issue.issue_id, action=charge_service_pb2.CHARGE_ISSUE_ACTION_RETRY
+    ), timeout=5)
+    assert done.result.status == charge_service_pb2.RECORD_STATUS_DUPLICATE, "it was read again, and is there already"
+    assert done.issue.state == charge_service_pb2.CHARGE_ISSUE_STATE_RESOLVED
     replay("--topic", topic, "--since", "2026-01-01T00:00:00Z")
     time.sleep(1.0)
     assert len(entries_of(mesh, "erin")) == 3, "what was applied is not applied twice"

@@ -88,7 +88,7 @@ class ChargeServicer(charge_service_pb2_grpc.ChargeServiceServicer):
     def _decode(self, issue: StoredIssue) -> RecordCharge:
         try:
             return charge_from_original(
-                issue.content_type, issue.original, validator=self._books.validator, now=issue.noticed_at
+                issue.content_type, issue.origin, issue.original, validator=self._books.validator, now=issue.noticed_at
             )
         except UndecodableEvent as error:
             raise ChargeIssueNotResolvable(f"the original can still not be read: {error}", state="OPEN") from None

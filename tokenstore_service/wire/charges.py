@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -114,13 +115,18 @@ def command_from_record(
 
 
 def charge_from_original(
-    content_type: str, original: bytes, *, validator: RequestValidator, now: datetime
+    content_type: str, origin: str, original: bytes, *, validator: RequestValidator, now: datetime
 ) -> RecordCharge:
-    """What an issue was about. Raises UndecodableEvent."""
-    topic = {CHARGE_TYPE: CHARGES_TOPIC, USAGE_TYPE: USAGE_TOPIC}.get(content_type)
-    if topic is None:
-        raise UndecodableEvent(f"{content_type} is not known")
-    command = command_from_record(topic, original, [], validator=validator, now=now)
+    """What an issue was about; a Kafka record is read again by its topic and headers. Raises UndecodableEvent."""
+    topic = {CHARGE_TYPE: CHARGES_TOPIC, USAGE_TYPE: USAGE_TOPIC}.get(content_type, "")
+    headers: list[tuple[str, bytes]] = []
+    if origin:
+        came = json.loads(origin)
+        topic = next((name for name in (CHARGES_TOPIC, USAGE_TOPIC) if came["topic"].endswith(name)), "")
+        headers = [(name, value.encode()) for name, value in came["headers"]]
+    if not topic:
+        raise UndecodableEvent("only charges and usage can be retried here; send it again with `replay`")
+    command = command_from_record(topic, original, headers, validator=validator, now=now)
     assert isinstance(command, RecordCharge)
     return command
 
