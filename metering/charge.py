@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -35,6 +36,11 @@ class Quote:
     rule_id: str
     version: int
     rates: Rates
+
+
+def dearest(several: Sequence[Rates]) -> Rates:
+    """The highest price of each kind: what a call may cost whichever of them serves it."""
+    return Rates(*(max(numbers) for numbers in zip(*map(astuple, several), strict=True)))
 
 
 class Line(NamedTuple):

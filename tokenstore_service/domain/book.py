@@ -37,6 +37,7 @@ from tokenstore_service.domain.commands import (
     SetOverdraftLimit,
 )
 from tokenstore_service.domain.consumption import ConsumptionKey, add_entry, consumption_key, new_sums
+from tokenstore_service.domain.correction import correction_event
 from tokenstore_service.domain.entry import Entry, EntrySource, EntryStatus, entry_hash, microseconds_of
 from tokenstore_service.domain.errors import AmountOutOfRange
 from tokenstore_service.domain.hold import Hold, HoldState
@@ -99,6 +100,9 @@ def keys_of(commands: Iterable[Command], now: datetime) -> BookKeys:
                 keys.event_ids.add((user, command.event_id))
                 if command.call_id is not None:
                     keys.hold_ids.add((user, command.call_id))
+                    if command.corrects:
+                        keys.event_ids |= {(user, command.corrects), (user, correction_event(command.corrects))}
+                        keys.lot_users.add(user)
             case OpenHold():
                 keys.hold_ids.add((user, command.hold_id))
                 if command.request_id:
@@ -172,8 +176,11 @@ def wanted_by(
 ) -> Wanted:
     """Lots of accounts whose head does not suffice or that have credit to expire, lots to give back to, budgets."""
     charged: dict[str, int] = {}
+    corrected: set[EventId] = set()
     for command in commands:
         if isinstance(command, RecordCharge):
+            if command.corrects:
+                corrected.add((command.user_id, command.corrects))
             charged[command.user_id] = charged.get(command.user_id, 0) + priced[id(command)].micros
     wanted = Wanted()
     for account in loaded.accounts:
@@ -190,6 +197,9 @@ def wanted_by(
     for key in keys.reversed_seqs & reversed_entries.keys():
         wanted.lot_seqs.add(key)
         wanted.lot_seqs |= {(key[0], seq) for seq, _ in uses_from_text(reversed_entries[key].lots)}
+    for entry in loaded.entries if corrected else ():
+        if (entry.user_id, entry.event_id) in corrected:
+            wanted.lot_seqs |= {(entry.user_id, seq) for seq, _ in uses_from_text(entry.lots)}
     wanted.lot_seqs |= {(order.user_id, order.credit_seq) for order in loaded.orders if order.credit_seq}
     return wanted
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from uuid import UUID
 
+from metering.charge import charge_micros
 from tokenstore_service.domain.account import Account
 from tokenstore_service.domain.book import Book, repriced_event, snapshot
 from tokenstore_service.domain.commands import (
@@ -17,15 +19,23 @@ from tokenstore_service.domain.commands import (
     Reprice,
     Units,
 )
+from tokenstore_service.domain.correction import corrected_to_text, correction_event
 from tokenstore_service.domain.entry import Entry, EntryFlag, EntrySource, EntryStatus
 from tokenstore_service.domain.errors import NoPrice, TransactionNotFound
 from tokenstore_service.domain.hold import Hold, HoldState
 from tokenstore_service.domain.hold_rules import leave_open
+from tokenstore_service.domain.lot import LotPriority, uses_from_text
 from tokenstore_service.domain.pricing import Priced, price_charge
 from tokenstore_service.domain.units import amount_from_text, amount_to_text
 
 
 def record_charge(book: Book, command: RecordCharge) -> ChargeRecorded:
+    if command.corrects:
+        first = book.entries.get((command.user_id, command.corrects))
+        if first is not None:
+            return _correct(book, command, first)
+        if command.event_id != command.corrects:
+            return _reject(book, command, "there is no charge of this call to correct")
     earlier = book.entries.get((command.user_id, command.event_id))
     if earlier is not None:
         return _record_again(book, command, earlier)
@@ -58,6 +68,49 @@ def _book(book: Book, account: Account, command: RecordCharge, priced: Priced, f
         unit_type=units.unit_type if units else "", unit_amount=amount_to_text(units.amount) if units else "",
         unit_pico=priced.unit_pico, details=command.details,
     ))
+
+
+def _correct(book: Book, command: RecordCharge, first: Entry) -> ChargeRecorded:
+    """Books what the corrected usage costs more or less, at the price of the first entry, which stays as it is."""
+    event_id = correction_event(first.event_id)
+    earlier = book.entries.get((command.user_id, event_id))
+    if earlier is not None or first.usage == command.usage:
+        done = earlier or first
+        if done.usage == command.usage:
+            return ChargeRecorded(RecordStatus.DUPLICATE, done.seq, -done.amount_micros)
+        detail = f"the charge was corrected before by entry {done.seq}, with other usage"
+        book.issues.append(
+            ChargeIssue(command.user_id, command.event_id, IssueKind.CONFLICT, detail, done.seq, command)
+        )
+        return ChargeRecorded(RecordStatus.CONFLICT, done.seq, detail=detail)
+    if first.source is not EntrySource.CHARGE or first.usage is None or command.usage is None:
+        return _reject(book, command, "the entry of this call is no charge for tokens")
+    if first.status is EntryStatus.UNPRICED:
+        return _reject(book, command, "the charge has no price yet: price it, then retry the correction")
+    account = book.account(command.user_id)
+    micros = charge_micros(command.usage, first.rates) if first.rates and first.status is EntryStatus.APPLIED else 0
+    change = -first.amount_micros - micros
+    if not book.in_range(account, change):
+        return _reject(book, command, "the balance would leave its range")
+    fields: dict[str, Any] = {
+        "source": EntrySource.CHARGE, "event_id": event_id, "status": first.status, "occurred_at": first.occurred_at,
+        "scene": first.scene, "model": first.model, "provider": first.provider, "usage": command.usage,
+        "price_rule_id": first.price_rule_id, "price_rule_version": first.price_rule_version, "rates": first.rates,
+        "call_id": first.call_id, "request_id": first.request_id, "conversation_id": first.conversation_id,
+        "flags": EntryFlag.CORRECTED, "details": corrected_to_text(first), "reference": first.event_id,
+    }
+    if change < 0:
+        entry = book.book_expense(account, -change, **fields)
+    else:
+        uses = uses_from_text(first.lots)
+        lot = book.lot(account.user_id, uses[0][0]) if uses else None
+        entry = book.book_income(
+            account, change, lot_source=lot.source if lot else EntrySource.ADJUSTMENT,
+            lot_priority=lot.priority if lot else LotPriority.ADJUSTMENT, give_back=uses, **fields,
+        )
+    hold = book.holds.get((command.user_id, command.call_id)) if command.call_id else None
+    _spend_budgets(book, command, hold, -change)
+    return ChargeRecorded(RecordStatus.APPLIED, entry.seq, -change)
 
 
 def _hold_flags(hold: Hold | None, priced: Priced, command: RecordCharge) -> EntryFlag:

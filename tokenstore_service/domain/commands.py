@@ -10,7 +10,7 @@ from enum import IntEnum
 from uuid import UUID
 
 from metering.charge import Quote
-from metering.usage import Usage
+from metering.usage import Usage, UsageSource
 from tokenstore_service.domain.account import Account
 from tokenstore_service.domain.budget import Budget
 from tokenstore_service.domain.entry import Entry
@@ -38,14 +38,17 @@ class OpenHold:
     skip_charge: bool = False
     origin: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    other_providers: tuple[str, ...] = ()
+    """They may serve the call too: the hold is sized for the dearest."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoldGranted:
-    """The hold, and the price that was quoted; None when no rule matches."""
+    """The hold, and the prices that were quoted; None, or left out of the others, when no rule matches."""
 
     hold: Hold
     quote: Quote | None
+    other_quotes: Mapping[str, Quote] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,14 @@ class RecordCharge:
     labels: Mapping[str, str] = field(default_factory=dict)
     units: Units | None = None
     details: str = ""
+
+    @property
+    def corrects(self) -> str:
+        """The event id of the charge whose usage this replaces; empty = it is a charge of its own."""
+        usage = self.usage
+        if usage is None or usage.source is not UsageSource.CORRECTED or self.call_id is None:
+            return ""
+        return str(self.call_id)
 
 
 class RecordStatus(IntEnum):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import NamedTuple
 
+from tokenstore_service.domain.correction import corrected_from_text
 from tokenstore_service.domain.entry import Entry, EntryFlag, EntrySource
 
 REPRICED = int(EntryFlag.REPRICED)
+CORRECTED = int(EntryFlag.CORRECTED)
 
 ConsumptionKey = tuple[str, datetime, str, str]
 """User, hour (UTC, by occurrence), scene, model."""
@@ -33,12 +35,20 @@ class Consumption(NamedTuple):
 
 def add_entry(sums: list[int], entry: Entry) -> None:
     """Adds one entry's part to sums in the order of Consumption's fields. A later price and a reversal change the
-    credit only: the call was counted before."""
+    credit only, a correction the difference: the call was counted before."""
     usage = entry.usage
     sums[5] -= entry.amount_micros
-    if entry.source is EntrySource.REVERSAL or int(entry.flags) & REPRICED:
+    flags = int(entry.flags)
+    if entry.source is EntrySource.REVERSAL or flags & REPRICED:
         return
-    sums[0] += 1
+    if flags & CORRECTED:
+        before = corrected_from_text(entry.details).usage
+        sums[1] -= before.input_tokens
+        sums[2] -= before.cached_input_tokens
+        sums[3] -= before.output_tokens
+        sums[4] -= before.reasoning_tokens
+    else:
+        sums[0] += 1
     if usage is not None:
         sums[1] += usage.input_tokens
         sums[2] += usage.cached_input_tokens

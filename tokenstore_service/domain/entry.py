@@ -43,6 +43,7 @@ class EntryFlag(IntFlag):
     NO_HOLD = 1 << 3
     QUOTE_MISMATCH = 1 << 4
     REPRICED = 1 << 5
+    CORRECTED = 1 << 6
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from metering.charge import Rates
+from metering.charge import Quote, Rates, dearest
 from tokenstore_service.domain.account import MOST_MICROS, Account
 from tokenstore_service.domain.book import Book
 from tokenstore_service.domain.budget import Budget, binding_budget
@@ -30,7 +30,12 @@ def open_hold(book: Book, command: OpenHold) -> HoldGranted | HoldRefused:
     account = book.account(command.user_id)
     budgets = [each for each in book.budgets.get(command.user_id, {}).values() if each.matches(command.labels)]
     rule = book.prices.match(scene=command.scene, provider=command.provider, model=command.model, at=book.now)
-    rates = Rates() if rule is None or command.skip_charge else rule.rates
+    others = _other_quotes(book, command)
+    rates = Rates() if rule is None else rule.rates
+    if others:
+        rates = dearest([rates, *(quote.rates for quote in others.values())])
+    if command.skip_charge:
+        rates = Rates()
     holdable = MOST_MICROS
     if not command.skip_charge:
         holdable = min([_holdable(book, account), *(budget.left_micros for budget in budgets)])
@@ -55,7 +60,16 @@ def open_hold(book: Book, command: OpenHold) -> HoldGranted | HoldRefused:
         book.mark_budget(budget)
     book.remember_hold(hold)
     book.new_holds[(hold.user_id, hold.hold_id)] = hold
-    return HoldGranted(copy.copy(hold), rule.quote if rule else None)
+    return HoldGranted(copy.copy(hold), rule.quote if rule else None, others)
+
+
+def _other_quotes(book: Book, command: OpenHold) -> dict[str, Quote]:
+    found: dict[str, Quote] = {}
+    for provider in command.other_providers:
+        rule = book.prices.match(scene=command.scene, provider=provider, model=command.model, at=book.now)
+        if rule is not None:
+            found[provider] = rule.quote
+    return found
 
 
 def _holdable(book: Book, account: Account) -> int:
@@ -89,7 +103,7 @@ def _open_again(book: Book, command: OpenHold, known: Hold) -> HoldGranted | Hol
     if not same or known.state is not HoldState.OPEN:
         return HoldRefused("IDEMPOTENCY_CONFLICT", existing_call_id=str(known.hold_id))
     rule = book.prices.version(known.price_rule_id, known.price_rule_version)
-    return HoldGranted(copy.copy(known), rule.quote if rule else None)
+    return HoldGranted(copy.copy(known), rule.quote if rule else None, _other_quotes(book, command))
 
 
 def _refused_for(earlier: Hold, command: OpenHold) -> HoldRefused:

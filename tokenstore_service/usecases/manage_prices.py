@@ -14,6 +14,7 @@ from servicekit.core.errors import IdempotencyConflict, InvalidField
 from servicekit.core.ids import IdSource
 from servicekit.core.page_token import decode_time_token, encode_page_token
 from tokenstore_service.domain.charge_rules import charge_of_entry
+from tokenstore_service.domain.correction import corrected_from_text
 from tokenstore_service.domain.entry import Entry, EntryFlag, EntrySource, EntryStatus
 from tokenstore_service.domain.errors import NoPrice, PriceRuleNotFound
 from tokenstore_service.domain.period import EPOCH
@@ -158,6 +159,10 @@ async def simulate_pricing(
         if EntryFlag.REPRICED in entry.flags:
             continue
         priced = price_charge(charge_of_entry(entry), book)
+        if EntryFlag.CORRECTED in entry.flags:
+            before = replace(charge_of_entry(entry), usage=corrected_from_text(entry.details).usage)
+            sums.simulated_micros += priced.micros - price_charge(before, book).micros
+            continue
         sums.charges += 1
         sums.simulated_micros += priced.micros
         sums.matched += priced.quote is not None and priced.quote.rule_id == draft.rule_id

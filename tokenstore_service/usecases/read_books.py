@@ -8,13 +8,14 @@ from datetime import datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
 from uuid import UUID
 
-from metering.charge import Line, lines_of, micros_of, unit_charge_micros
+from metering.charge import PICO_PER_MICRO, Line, lines_of, micros_of, unit_charge_micros
 from servicekit.core.errors import InvalidField
 from servicekit.core.page_token import decode_page_token, decode_time_token, encode_page_token
 from tokenstore_service.domain.account import GENESIS_HASH
 from tokenstore_service.domain.budget import Budget
 from tokenstore_service.domain.consumption import Consumption
-from tokenstore_service.domain.entry import Entry, EntrySource, EntryStatus
+from tokenstore_service.domain.correction import corrected_from_text
+from tokenstore_service.domain.entry import Entry, EntryFlag, EntrySource, EntryStatus
 from tokenstore_service.domain.errors import HoldNotFound, TransactionNotFound
 from tokenstore_service.domain.hold import Hold, HoldState
 from tokenstore_service.domain.lot import Lot
@@ -68,6 +69,9 @@ async def explain_charge(reader: LedgerReader, rules: PriceRules, user_id: str, 
     assert entry.usage is not None
     assert entry.rates is not None
     lines = lines_of(entry.usage, entry.rates)
+    if EntryFlag.CORRECTED in entry.flags:
+        charged = corrected_from_text(entry.details).charged_micros
+        lines.append(Line("charged_before", 0, 0, -charged * PICO_PER_MICRO))
     micros = micros_of(lines)
     agrees = micros == -entry.amount_micros and rule is not None and rule.rates == entry.rates
     return Explanation(entry, lines, micros, agrees)

@@ -34,7 +34,7 @@ def open_hold_from_proto(message: hold_service_pb2.HoldRequest, *, index: int) -
         min_output_tokens=message.min_output_tokens,
         ttl=ttl_from_proto(message.ttl if message.HasField("ttl") else None),
         request_fingerprint=message.request_fingerprint, skip_charge=message.skip_charge, origin=message.origin,
-        labels=dict(message.labels),
+        labels=dict(message.labels), other_providers=tuple(message.other_providers),
     )
 
 
@@ -49,6 +49,7 @@ def hold_result_to_proto(answer: HoldGranted | HoldRefused) -> hold_service_pb2.
     return hold_service_pb2.HoldResult(granted=hold_service_pb2.GrantedHold(
         hold_id=str(hold.hold_id), held_micros=hold.held_micros, max_output_tokens=hold.max_output_tokens,
         quote=quote_to_proto(answer.quote) if answer.quote else None, expires_at=timestamp_to_proto(hold.expires_at),
+        other_quotes={provider: quote_to_proto(quote) for provider, quote in answer.other_quotes.items()},
     ))
 
 

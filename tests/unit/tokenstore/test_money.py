@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metering.usage import Usage
+from metering.charge import bound_micros
+from metering.usage import Usage, UsageSource
 from servicekit.core.errors import DomainError, IdempotencyConflict, InvalidField
 from tests.unit.tokenstore.test_book import NOW, World, adjust, charge, open_hold
 from tests.unit.tokenstore.test_price_rule import rule
@@ -32,6 +33,7 @@ from tokenstore_service.domain.commands import (
     IssueKind,
     OrderChanged,
     PayOrder,
+    RecordCharge,
     RecordStatus,
     RefundOrder,
     ReleaseHold,
@@ -500,3 +502,59 @@ def test_one_batch_is_the_same_as_one_by_one(commands: list[Any]) -> None:
     assert together.entries == apart.entries
     assert {user: together.lots(user) for user in together.accounts} == {user: apart.lots(user) for user in apart.accounts}
 
+
+
+def corrected(number: int, input_tokens: int, output_tokens: int, **fields: Any) -> RecordCharge:
+    usage = Usage(input_tokens, output_tokens=output_tokens, source=UsageSource.CORRECTED)
+    return replace(charge(number, usage=usage), event_id=f"correction-{number}", **fields)
+
+
+@pytest.mark.parametrize(("input_tokens", "output_tokens", "difference"), [(10, 30, 16_000), (10, 5, -24_000), (4, 20, -1_920)])
+def test_a_correction_books_only_the_difference_once(input_tokens: int, output_tokens: int, difference: int) -> None:
+    world = World()
+    world.run(adjust(10**6), charge(1))
+    (done,) = world.run(corrected(1, input_tokens, output_tokens))
+    assert (done.status, done.credit_micros) == (RecordStatus.APPLIED, difference)
+    entry = world.books.entries[-1]
+    assert (entry.amount_micros, entry.flags) == (-difference, EntryFlag.CORRECTED)
+    assert entry.event_id == f"correct:{charge(1).event_id}"
+    again, other = world.run(corrected(1, input_tokens, output_tokens), corrected(1, 1, 1))
+    assert (again.status, other.status) == (RecordStatus.DUPLICATE, RecordStatus.CONFLICT)
+    ((_, sums),) = world.books.consumption.items()
+    assert (sums.calls, sums.input_tokens, sums.output_tokens) == (1, input_tokens, output_tokens)
+    assert sums.micros == 35_200 + difference
+    assert world.lots() == {1: 10**6 - 35_200 - difference}
+    world.check()
+
+
+def test_a_correction_of_nothing_is_refused_and_one_of_the_charge_itself_is_a_charge() -> None:
+    world = World()
+    world.run(adjust(10**6))
+    (refused,) = world.run(corrected(1, 5, 5))
+    assert refused.status is RecordStatus.REJECTED
+    (booked,) = world.run(replace(corrected(2, 10, 20), event_id=charge(2).event_id))
+    assert (booked.status, booked.credit_micros) == (RecordStatus.APPLIED, 35_200)
+    world.check()
+
+
+def test_a_correction_of_a_charge_without_price_waits_for_the_price() -> None:
+    world = World()
+    world.run(adjust(10**6))
+    world.run(charge(1), prices=PriceBook([]))
+    (early,) = world.run(corrected(1, 10, 30))
+    assert early.status is RecordStatus.REJECTED
+    world.check()
+
+
+def test_a_hold_is_sized_for_the_dearest_of_the_providers_that_may_serve_it() -> None:
+    dear = with_rates(replace(rule("dear"), provider="OTHER", markup_bps=90_000))
+    prices = PriceBook([rule(), dear])
+    world = World()
+    world.run(adjust(10**9))
+    (granted,) = world.run(open_hold(1, other_providers=("OTHER", "LOCAL")), prices=prices)
+    (alone,) = world.run(open_hold(2), prices=prices)
+    assert granted.hold.held_micros > alone.hold.held_micros
+    assert granted.quote == alone.quote
+    assert granted.other_quotes["OTHER"].rule_id == "dear"
+    assert granted.hold.held_micros == bound_micros(input_tokens=10, output_tokens=100, rates=dear.rates)
+    world.check()

@@ -32,7 +32,7 @@ class _UsageSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageSour
     USAGE_SOURCE_ESTIMATED: _UsageSource.ValueType  # 2
     """Counted here, with a real tokenizer."""
     USAGE_SOURCE_CORRECTED: _UsageSource.ValueType  # 3
-    """Replaces an earlier estimate."""
+    """Replaces the usage of the charge with the same call_id: the ledger books the difference."""
 
 class UsageSource(_UsageSource, metaclass=_UsageSourceEnumTypeWrapper):
     """Where token counts come from."""
@@ -44,7 +44,7 @@ USAGE_SOURCE_PROVIDER_REPORTED: UsageSource.ValueType  # 1
 USAGE_SOURCE_ESTIMATED: UsageSource.ValueType  # 2
 """Counted here, with a real tokenizer."""
 USAGE_SOURCE_CORRECTED: UsageSource.ValueType  # 3
-"""Replaces an earlier estimate."""
+"""Replaces the usage of the charge with the same call_id: the ledger books the difference."""
 Global___UsageSource: _TypeAlias = UsageSource  # noqa: Y015
 
 class _ChargeStatus:

@@ -29,7 +29,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+creditmesh/tokenstore/v1/hold_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a-creditmesh/tokenstore/v1/budget_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\x05\n\x0bHoldRequest\x12\x19\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12%\n\x07user_id\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12!\n\x05scene\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x06 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\"\n\x0cinput_tokens\x18\x07 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\'\n\x11max_output_tokens\x18\x08 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\'\n\x11min_output_tokens\x18\t \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\x38\n\x03ttl\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\x12$\n\x13request_fingerprint\x18\x0b \x01(\x0c\x42\x07\xbaH\x04z\x02\x18 \x12\x13\n\x0bskip_charge\x18\x0c \x01(\x08\x12\"\n\x06origin\x18\r \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12p\n\x06labels\x18\x0e \x03(\x0b\x32\x31.creditmesh.tokenstore.v1.HoldRequest.LabelsEntryB-\xbaH*\x9a\x01\'\x10\x10\"\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$*\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x10OpenHoldsRequest\x12\x44\n\x08requests\x18\x01 \x03(\x0b\x32%.creditmesh.tokenstore.v1.HoldRequestB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"\xaa\x01\n\x0bGrantedHold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x13\n\x0bheld_micros\x18\x02 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x03 \x01(\x03\x12*\n\x05quote\x18\x04 \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc9\x01\n\x0bRefusedHold\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rneeded_micros\x18\x02 \x01(\x03\x12\x18\n\x10\x61vailable_micros\x18\x03 \x01(\x03\x12\x18\n\x10\x65xisting_call_id\x18\x04 \x01(\t\x12\x30\n\x06\x62udget\x18\x05 \x01(\x0b\x32 .creditmesh.tokenstore.v1.Budget\x12-\n\tresets_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\nHoldResult\x12\x38\n\x07granted\x18\x01 \x01(\x0b\x32%.creditmesh.tokenstore.v1.GrantedHoldH\x00\x12\x38\n\x07refused\x18\x02 \x01(\x0b\x32%.creditmesh.tokenstore.v1.RefusedHoldH\x00\x42\t\n\x07outcome\"J\n\x11OpenHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldResult\"K\n\x07HoldKey\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x19\n\x07hold_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x8d\x01\n\x12\x45xtendHoldsRequest\x12=\n\x05holds\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.HoldKeyB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\x12\x38\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\"y\n\nHoldChange\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldState\x12&\n\x02\x61t\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x13\x45xtendHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldChange\"T\n\x13ReleaseHoldsRequest\x12=\n\x05holds\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.HoldKeyB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"M\n\x14ReleaseHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldChange\"\x99\x03\n\x04Hold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05scene\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0bheld_micros\x18\x07 \x01(\x03\x12\x14\n\x0cinput_tokens\x18\x08 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\t \x01(\x03\x12\x32\n\x05state\x18\n \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldState\x12-\n\topened_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tclosed_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bskip_charge\x18\x0e \x01(\x08\x12\x0e\n\x06origin\x18\x0f \x01(\t\"R\n\x0eGetHoldRequest\x12\x19\n\x07hold_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12%\n\x07user_id\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\"?\n\x0fGetHoldResponse\x12,\n\x04hold\x18\x01 \x01(\x0b\x32\x1e.creditmesh.tokenstore.v1.Hold\"\x88\x02\n\x10ListHoldsRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12<\n\x05state\x18\x02 \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x30\n\x0c\x63losed_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x06origin\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\"[\n\x11ListHoldsResponse\x12-\n\x05holds\x18\x01 \x03(\x0b\x32\x1e.creditmesh.tokenstore.v1.Hold\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x85\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOLD_STATE_OPEN\x10\x01\x12\x16\n\x12HOLD_STATE_SETTLED\x10\x02\x12\x17\n\x13HOLD_STATE_RELEASED\x10\x03\x12\x16\n\x12HOLD_STATE_EXPIRED\x10\x04\x32\x94\x04\n\x0bHoldService\x12\x64\n\tOpenHolds\x12*.creditmesh.tokenstore.v1.OpenHoldsRequest\x1a+.creditmesh.tokenstore.v1.OpenHoldsResponse\x12j\n\x0b\x45xtendHolds\x12,.creditmesh.tokenstore.v1.ExtendHoldsRequest\x1a-.creditmesh.tokenstore.v1.ExtendHoldsResponse\x12m\n\x0cReleaseHolds\x12-.creditmesh.tokenstore.v1.ReleaseHoldsRequest\x1a..creditmesh.tokenstore.v1.ReleaseHoldsResponse\x12^\n\x07GetHold\x12(.creditmesh.tokenstore.v1.GetHoldRequest\x1a).creditmesh.tokenstore.v1.GetHoldResponse\x12\x64\n\tListHolds\x12*.creditmesh.tokenstore.v1.ListHoldsRequest\x1a+.creditmesh.tokenstore.v1.ListHoldsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+creditmesh/tokenstore/v1/hold_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a-creditmesh/tokenstore/v1/budget_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x05\n\x0bHoldRequest\x12\x19\n\x07\x63\x61ll_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12%\n\x07user_id\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12!\n\x05scene\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12$\n\x08provider\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\"\n\x05model\x18\x06 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\"\n\x0cinput_tokens\x18\x07 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\'\n\x11max_output_tokens\x18\x08 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\'\n\x11min_output_tokens\x18\t \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xc2\xd7/(\x00\x12\x38\n\x03ttl\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\x12$\n\x13request_fingerprint\x18\x0b \x01(\x0c\x42\x07\xbaH\x04z\x02\x18 \x12\x13\n\x0bskip_charge\x18\x0c \x01(\x08\x12\"\n\x06origin\x18\r \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12p\n\x06labels\x18\x0e \x03(\x0b\x32\x31.creditmesh.tokenstore.v1.HoldRequest.LabelsEntryB-\xbaH*\x9a\x01\'\x10\x10\"\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$*\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x32\n\x0fother_providers\x18\x0f \x03(\tB\x19\xbaH\x16\x92\x01\x13\x10\x10\"\x0fr\r\x18@2\t^\\P{Cc}*$\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x10OpenHoldsRequest\x12\x44\n\x08requests\x18\x01 \x03(\x0b\x32%.creditmesh.tokenstore.v1.HoldRequestB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"\xc9\x02\n\x0bGrantedHold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x13\n\x0bheld_micros\x18\x02 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x03 \x01(\x03\x12*\n\x05quote\x18\x04 \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12L\n\x0cother_quotes\x18\x06 \x03(\x0b\x32\x36.creditmesh.tokenstore.v1.GrantedHold.OtherQuotesEntry\x1aO\n\x10OtherQuotesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.creditmesh.common.v1.Quote:\x02\x38\x01\"\xc9\x01\n\x0bRefusedHold\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rneeded_micros\x18\x02 \x01(\x03\x12\x18\n\x10\x61vailable_micros\x18\x03 \x01(\x03\x12\x18\n\x10\x65xisting_call_id\x18\x04 \x01(\t\x12\x30\n\x06\x62udget\x18\x05 \x01(\x0b\x32 .creditmesh.tokenstore.v1.Budget\x12-\n\tresets_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\nHoldResult\x12\x38\n\x07granted\x18\x01 \x01(\x0b\x32%.creditmesh.tokenstore.v1.GrantedHoldH\x00\x12\x38\n\x07refused\x18\x02 \x01(\x0b\x32%.creditmesh.tokenstore.v1.RefusedHoldH\x00\x42\t\n\x07outcome\"J\n\x11OpenHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldResult\"K\n\x07HoldKey\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x19\n\x07hold_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x8d\x01\n\x12\x45xtendHoldsRequest\x12=\n\x05holds\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.HoldKeyB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\x12\x38\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\"y\n\nHoldChange\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldState\x12&\n\x02\x61t\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x13\x45xtendHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldChange\"T\n\x13ReleaseHoldsRequest\x12=\n\x05holds\x18\x01 \x03(\x0b\x32!.creditmesh.tokenstore.v1.HoldKeyB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"M\n\x14ReleaseHoldsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.creditmesh.tokenstore.v1.HoldChange\"\x99\x03\n\x04Hold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05scene\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0bheld_micros\x18\x07 \x01(\x03\x12\x14\n\x0cinput_tokens\x18\x08 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\t \x01(\x03\x12\x32\n\x05state\x18\n \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldState\x12-\n\topened_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tclosed_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bskip_charge\x18\x0e \x01(\x08\x12\x0e\n\x06origin\x18\x0f \x01(\t\"R\n\x0eGetHoldRequest\x12\x19\n\x07hold_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12%\n\x07user_id\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\"?\n\x0fGetHoldResponse\x12,\n\x04hold\x18\x01 \x01(\x0b\x32\x1e.creditmesh.tokenstore.v1.Hold\"\x88\x02\n\x10ListHoldsRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12<\n\x05state\x18\x02 \x01(\x0e\x32#.creditmesh.tokenstore.v1.HoldStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x30\n\x0c\x63losed_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x06origin\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\"[\n\x11ListHoldsResponse\x12-\n\x05holds\x18\x01 \x03(\x0b\x32\x1e.creditmesh.tokenstore.v1.Hold\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x85\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOLD_STATE_OPEN\x10\x01\x12\x16\n\x12HOLD_STATE_SETTLED\x10\x02\x12\x17\n\x13HOLD_STATE_RELEASED\x10\x03\x12\x16\n\x12HOLD_STATE_EXPIRED\x10\x04\x32\x94\x04\n\x0bHoldService\x12\x64\n\tOpenHolds\x12*.creditmesh.tokenstore.v1.OpenHoldsRequest\x1a+.creditmesh.tokenstore.v1.OpenHoldsResponse\x12j\n\x0b\x45xtendHolds\x12,.creditmesh.tokenstore.v1.ExtendHoldsRequest\x1a-.creditmesh.tokenstore.v1.ExtendHoldsResponse\x12m\n\x0cReleaseHolds\x12-.creditmesh.tokenstore.v1.ReleaseHoldsRequest\x1a..creditmesh.tokenstore.v1.ReleaseHoldsResponse\x12^\n\x07GetHold\x12(.creditmesh.tokenstore.v1.GetHoldRequest\x1a).creditmesh.tokenstore.v1.GetHoldResponse\x12\x64\n\tListHolds\x12*.creditmesh.tokenstore.v1.ListHoldsRequest\x1a+.creditmesh.tokenstore.v1.ListHoldsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -64,8 +64,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOLDREQUEST'].fields_by_name['origin']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
   _globals['_HOLDREQUEST'].fields_by_name['labels']._loaded_options = None
   _globals['_HOLDREQUEST'].fields_by_name['labels']._serialized_options = b'\272H*\232\001\'\020\020\"\021r\017\020\001\030@2\t^\\P{Cc}*$*\020r\016\030\200\0012\t^\\P{Cc}*$'
+  _globals['_HOLDREQUEST'].fields_by_name['other_providers']._loaded_options = None
+  _globals['_HOLDREQUEST'].fields_by_name['other_providers']._serialized_options = b'\272H\026\222\001\023\020\020\"\017r\r\030@2\t^\\P{Cc}*$'
   _globals['_OPENHOLDSREQUEST'].fields_by_name['requests']._loaded_options = None
   _globals['_OPENHOLDSREQUEST'].fields_by_name['requests']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
+  _globals['_GRANTEDHOLD_OTHERQUOTESENTRY']._loaded_options = None
+  _globals['_GRANTEDHOLD_OTHERQUOTESENTRY']._serialized_options = b'8\001'
   _globals['_HOLDKEY'].fields_by_name['user_id']._loaded_options = None
   _globals['_HOLDKEY'].fields_by_name['user_id']._serialized_options = b'\272H\021r\017\020\001\030@2\t^\\P{Cc}*$'
   _globals['_HOLDKEY'].fields_by_name['hold_id']._loaded_options = None
@@ -90,44 +94,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTHOLDSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\004'
   _globals['_LISTHOLDSREQUEST'].fields_by_name['origin']._loaded_options = None
   _globals['_LISTHOLDSREQUEST'].fields_by_name['origin']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
-  _globals['_HOLDSTATE']._serialized_start=3108
-  _globals['_HOLDSTATE']._serialized_end=3241
+  _globals['_HOLDSTATE']._serialized_start=3319
+  _globals['_HOLDSTATE']._serialized_end=3452
   _globals['_HOLDREQUEST']._serialized_start=251
-  _globals['_HOLDREQUEST']._serialized_end=912
-  _globals['_HOLDREQUEST_LABELSENTRY']._serialized_start=867
-  _globals['_HOLDREQUEST_LABELSENTRY']._serialized_end=912
-  _globals['_OPENHOLDSREQUEST']._serialized_start=914
-  _globals['_OPENHOLDSREQUEST']._serialized_end=1002
-  _globals['_GRANTEDHOLD']._serialized_start=1005
-  _globals['_GRANTEDHOLD']._serialized_end=1175
-  _globals['_REFUSEDHOLD']._serialized_start=1178
-  _globals['_REFUSEDHOLD']._serialized_end=1379
-  _globals['_HOLDRESULT']._serialized_start=1382
-  _globals['_HOLDRESULT']._serialized_end=1521
-  _globals['_OPENHOLDSRESPONSE']._serialized_start=1523
-  _globals['_OPENHOLDSRESPONSE']._serialized_end=1597
-  _globals['_HOLDKEY']._serialized_start=1599
-  _globals['_HOLDKEY']._serialized_end=1674
-  _globals['_EXTENDHOLDSREQUEST']._serialized_start=1677
-  _globals['_EXTENDHOLDSREQUEST']._serialized_end=1818
-  _globals['_HOLDCHANGE']._serialized_start=1820
-  _globals['_HOLDCHANGE']._serialized_end=1941
-  _globals['_EXTENDHOLDSRESPONSE']._serialized_start=1943
-  _globals['_EXTENDHOLDSRESPONSE']._serialized_end=2019
-  _globals['_RELEASEHOLDSREQUEST']._serialized_start=2021
-  _globals['_RELEASEHOLDSREQUEST']._serialized_end=2105
-  _globals['_RELEASEHOLDSRESPONSE']._serialized_start=2107
-  _globals['_RELEASEHOLDSRESPONSE']._serialized_end=2184
-  _globals['_HOLD']._serialized_start=2187
-  _globals['_HOLD']._serialized_end=2596
-  _globals['_GETHOLDREQUEST']._serialized_start=2598
-  _globals['_GETHOLDREQUEST']._serialized_end=2680
-  _globals['_GETHOLDRESPONSE']._serialized_start=2682
-  _globals['_GETHOLDRESPONSE']._serialized_end=2745
-  _globals['_LISTHOLDSREQUEST']._serialized_start=2748
-  _globals['_LISTHOLDSREQUEST']._serialized_end=3012
-  _globals['_LISTHOLDSRESPONSE']._serialized_start=3014
-  _globals['_LISTHOLDSRESPONSE']._serialized_end=3105
-  _globals['_HOLDSERVICE']._serialized_start=3244
-  _globals['_HOLDSERVICE']._serialized_end=3776
+  _globals['_HOLDREQUEST']._serialized_end=964
+  _globals['_HOLDREQUEST_LABELSENTRY']._serialized_start=919
+  _globals['_HOLDREQUEST_LABELSENTRY']._serialized_end=964
+  _globals['_OPENHOLDSREQUEST']._serialized_start=966
+  _globals['_OPENHOLDSREQUEST']._serialized_end=1054
+  _globals['_GRANTEDHOLD']._serialized_start=1057
+  _globals['_GRANTEDHOLD']._serialized_end=1386
+  _globals['_GRANTEDHOLD_OTHERQUOTESENTRY']._serialized_start=1307
+  _globals['_GRANTEDHOLD_OTHERQUOTESENTRY']._serialized_end=1386
+  _globals['_REFUSEDHOLD']._serialized_start=1389
+  _globals['_REFUSEDHOLD']._serialized_end=1590
+  _globals['_HOLDRESULT']._serialized_start=1593
+  _globals['_HOLDRESULT']._serialized_end=1732
+  _globals['_OPENHOLDSRESPONSE']._serialized_start=1734
+  _globals['_OPENHOLDSRESPONSE']._serialized_end=1808
+  _globals['_HOLDKEY']._serialized_start=1810
+  _globals['_HOLDKEY']._serialized_end=1885
+  _globals['_EXTENDHOLDSREQUEST']._serialized_start=1888
+  _globals['_EXTENDHOLDSREQUEST']._serialized_end=2029
+  _globals['_HOLDCHANGE']._serialized_start=2031
+  _globals['_HOLDCHANGE']._serialized_end=2152
+  _globals['_EXTENDHOLDSRESPONSE']._serialized_start=2154
+  _globals['_EXTENDHOLDSRESPONSE']._serialized_end=2230
+  _globals['_RELEASEHOLDSREQUEST']._serialized_start=2232
+  _globals['_RELEASEHOLDSREQUEST']._serialized_end=2316
+  _globals['_RELEASEHOLDSRESPONSE']._serialized_start=2318
+  _globals['_RELEASEHOLDSRESPONSE']._serialized_end=2395
+  _globals['_HOLD']._serialized_start=2398
+  _globals['_HOLD']._serialized_end=2807
+  _globals['_GETHOLDREQUEST']._serialized_start=2809
+  _globals['_GETHOLDREQUEST']._serialized_end=2891
+  _globals['_GETHOLDRESPONSE']._serialized_start=2893
+  _globals['_GETHOLDRESPONSE']._serialized_end=2956
+  _globals['_LISTHOLDSREQUEST']._serialized_start=2959
+  _globals['_LISTHOLDSREQUEST']._serialized_end=3223
+  _globals['_LISTHOLDSRESPONSE']._serialized_start=3225
+  _globals['_LISTHOLDSRESPONSE']._serialized_end=3316
+  _globals['_HOLDSERVICE']._serialized_start=3455
+  _globals['_HOLDSERVICE']._serialized_end=3987
 # @@protoc_insertion_point(module_scope)

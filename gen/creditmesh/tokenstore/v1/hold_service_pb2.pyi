@@ -95,6 +95,7 @@ class HoldRequest(_message.Message):
     SKIP_CHARGE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    OTHER_PROVIDERS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Call and hold id, a UUID (v7 keeps the tables compact). The same one with the same content = the first answer."""
     user_id: _builtins.str
@@ -127,6 +128,10 @@ class HoldRequest(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that budgets cap (project, key, agent, ...), at most 16."""
 
+    @_builtins.property
+    def other_providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other providers that may serve the call, as price rules name them, at most 16: the hold is sized for the dearest."""
+
     def __init__(
         self,
         *,
@@ -144,10 +149,11 @@ class HoldRequest(_message.Message):
         skip_charge: _builtins.bool = ...,
         origin: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        other_providers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "labels", b"labels", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "origin", b"origin", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input_tokens", b"input_tokens", "labels", b"labels", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "model", b"model", "origin", b"origin", "other_providers", b"other_providers", "provider", b"provider", "request_fingerprint", b"request_fingerprint", "request_id", b"request_id", "scene", b"scene", "skip_charge", b"skip_charge", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -183,11 +189,33 @@ class GrantedHold(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class OtherQuotesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _billing_pb2.Quote: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _billing_pb2.Quote | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     HOLD_ID_FIELD_NUMBER: _builtins.int
     HELD_MICROS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     QUOTE_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    OTHER_QUOTES_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """Hold, the call_id."""
     held_micros: _builtins.int
@@ -202,6 +230,10 @@ class GrantedHold(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """When it expires."""
 
+    @_builtins.property
+    def other_quotes(self) -> _containers.MessageMap[_builtins.str, _billing_pb2.Quote]:
+        """Prices of other_providers, by provider; one without a price rule is left out."""
+
     def __init__(
         self,
         *,
@@ -210,10 +242,11 @@ class GrantedHold(_message.Message):
         max_output_tokens: _builtins.int = ...,
         quote: _billing_pb2.Quote | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        other_quotes: _abc.Mapping[_builtins.str, _billing_pb2.Quote] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "quote", b"quote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "held_micros", b"held_micros", "hold_id", b"hold_id", "max_output_tokens", b"max_output_tokens", "quote", b"quote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "held_micros", b"held_micros", "hold_id", b"hold_id", "max_output_tokens", b"max_output_tokens", "other_quotes", b"other_quotes", "quote", b"quote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

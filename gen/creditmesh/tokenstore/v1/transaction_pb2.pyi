@@ -135,6 +135,8 @@ class _TransactionFlagEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Trans
     """The quoted rates were not those of the quoted rule version; the books' rates were used."""
     TRANSACTION_FLAG_REPRICED: _TransactionFlag.ValueType  # 5
     """The later price of usage that was booked unpriced."""
+    TRANSACTION_FLAG_CORRECTED: _TransactionFlag.ValueType  # 6
+    """The difference that a correction of an earlier charge's usage makes; usage is the corrected one."""
 
 class TransactionFlag(_TransactionFlag, metaclass=_TransactionFlagEnumTypeWrapper):
     """Something worth a look about an entry."""
@@ -151,6 +153,8 @@ TRANSACTION_FLAG_QUOTE_MISMATCH: TransactionFlag.ValueType  # 4
 """The quoted rates were not those of the quoted rule version; the books' rates were used."""
 TRANSACTION_FLAG_REPRICED: TransactionFlag.ValueType  # 5
 """The later price of usage that was booked unpriced."""
+TRANSACTION_FLAG_CORRECTED: TransactionFlag.ValueType  # 6
+"""The difference that a correction of an earlier charge's usage makes; usage is the corrected one."""
 Global___TransactionFlag: _TypeAlias = TransactionFlag  # noqa: Y015
 
 @_typing.final
