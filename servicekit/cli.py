@@ -20,6 +20,7 @@ from servicekit.db import migrations
 from servicekit.rpc.channel import open_channel
 from servicekit.rpc.status import error_info_of
 from servicekit.settings import ConfigurationError, database_url_of, redacted, split_address
+from servicekit.telemetry import tracing
 from servicekit.telemetry.logs import configure_logs
 from servicekit.telemetry.metrics import serve_metrics
 from servicekit.workers import is_worker, run_workers
@@ -87,7 +88,13 @@ class ServiceCommands:
         try:
             if settings.metrics_listen and not is_worker():
                 serve_metrics(split_address(settings.metrics_listen))
-            asyncio.run(self._serve(settings))
+            shut_down_traces = tracing.configure(
+                service=self._module, endpoint=settings.otlp_endpoint, ratio=settings.trace_ratio
+            )
+            try:
+                asyncio.run(self._serve(settings))
+            finally:
+                shut_down_traces()
         except (OSError, ValueError) as error:
             fail(f"{self._module}: {error}")
 
@@ -116,12 +123,16 @@ class Client:
     """A channel with the token of the command line."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.metadata = self.metadata_of(arguments)
+        self.channel = open_channel(arguments.target, ca_file=arguments.ca_file)
+        self.timeout = RPC_SECONDS
+
+    @staticmethod
+    def metadata_of(arguments: argparse.Namespace) -> tuple[tuple[str, str], ...]:
         token = os.environ.get("CREDITMESH_TOKEN", "")
         if arguments.token_file:
             token = arguments.token_file.read_text().strip()
-        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self.channel = open_channel(arguments.target, ca_file=arguments.ca_file)
-        self.timeout = RPC_SECONDS
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def run_client(arguments: argparse.Namespace, work: Callable[[Client, argparse.Namespace], Awaitable[None]]) -> None:

@@ -50,6 +50,12 @@ def _postgres_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _http_or_empty(value: str) -> str:
+    if value and not value.startswith(("http://", "https://")):
+        raise ValueError("must be an address, e.g. http://127.0.0.1:4317")
+    return value
+
+
 def _fault(value: str) -> str:
     faults_from(value)
     return value
@@ -80,6 +86,8 @@ class ServerSettings(BaseModel):
     reflection_open: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: Literal["all", "errors"] = "all"
+    otlp_endpoint: Annotated[str, AfterValidator(_http_or_empty)] = ""
+    trace_ratio: float = Field(default=1.0, ge=0, le=1)
     fault: Annotated[str, AfterValidator(_fault)] = ""
 
     def full_database_url(self) -> str:

@@ -11,8 +11,10 @@ JSON = b"application/json"
 Headers = list[tuple[str, str | bytes | None]]
 
 
-def event_headers(*, event_id: str, event_type: str, source: str, time: datetime) -> Headers:
-    return [
+def event_headers(
+    *, event_id: str, event_type: str, source: str, time: datetime, traceparent: str = ""
+) -> Headers:
+    headers: Headers = [
         ("ce_specversion", b"1.0"),
         ("ce_id", event_id.encode()),
         ("ce_type", event_type.encode()),
@@ -20,6 +22,9 @@ def event_headers(*, event_id: str, event_type: str, source: str, time: datetime
         ("ce_time", time.isoformat().encode()),
         ("content-type", PROTOBUF),
     ]
+    if traceparent:
+        headers.append(("traceparent", traceparent.encode()))
+    return headers
 
 
 def header_of(headers: Headers | Sequence[tuple[str, bytes]] | None, name: str) -> bytes | None:

@@ -104,7 +104,7 @@ class KafkaPublisher:
                 message.topic, message.key.encode(), message.payload,
                 event_headers(
                     event_id=message.event_id, event_type=message.event_type, source=self._source,
-                    time=message.created_at.astimezone(UTC),
+                    time=message.created_at.astimezone(UTC), traceparent=message.traceparent,
                 ),
             )
             for message in messages

@@ -28,6 +28,8 @@ class OutboxMessage:
     topic: str
     payload: bytes
     created_at: datetime
+    traceparent: str = ""
+    """The trace that it belongs to (W3C Trace Context); empty = none."""
 
 
 class Publisher(Protocol):

@@ -32,6 +32,9 @@ CREATE TABLE outbox_relay (
 """
 
 
+ADD_TRACEPARENT = "ALTER TABLE outbox_message ADD COLUMN traceparent text NOT NULL DEFAULT ''"
+
+
 def outbox_tables(metadata: MetaData) -> None:
     """Adds the tables to a service's metadata, for the migration drift test."""
     message = Table(
@@ -44,6 +47,7 @@ def outbox_tables(metadata: MetaData) -> None:
         Column("topic", Text, nullable=False),
         Column("payload", LargeBinary, nullable=False),
         Column("created_at", DateTime(timezone=True), nullable=False, server_default=sql("now()")),
+        Column("traceparent", Text, nullable=False, server_default=""),
     )
     Index("outbox_message_by_lane", message.c.lane, message.c.message_id)
     Table(
@@ -77,7 +81,7 @@ RELEASE_LANES = """
 UPDATE outbox_lane SET lease_until = 'epoch', owner = '' WHERE owner = %(owner)s AND NOT lane = ANY(%(keep)s)
 """
 READ_MESSAGES = """
-SELECT message_id, key, event_id, event_type, topic, payload, created_at FROM outbox_message
+SELECT message_id, key, event_id, event_type, topic, payload, created_at, traceparent FROM outbox_message
 WHERE lane = ANY(%(lanes)s) AND NOT key = ANY(%(blocked)s) ORDER BY message_id LIMIT %(most)s
 """
 DELETE_MESSAGES = "DELETE FROM outbox_message WHERE message_id = ANY(%(ids)s)"

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from servicekit.rpc.auth import Principal
+from servicekit.telemetry.tracing import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,9 @@ class CallInfo:
     principal: Principal
     deadline: float | None
     started: float
+    traceparent: str = ""
+    """W3C Trace Context for what this RPC asks others for; empty = not traced."""
+    span: Span | None = None
 
 
 _current: ContextVar[CallInfo] = ContextVar("call_info")

@@ -24,6 +24,7 @@ from servicekit.rpc.auth import Authenticator, Principal
 from servicekit.rpc.call_info import CallInfo, set_current_call
 from servicekit.rpc.status import CODE_OF_REASON, status_of
 from servicekit.rpc.validation import RequestValidator
+from servicekit.telemetry import tracing
 from servicekit.telemetry.logs import EventLogger
 from servicekit.telemetry.metrics import RpcMetrics
 
@@ -82,7 +83,15 @@ class CallInterceptor:
                 principal.require(scope)
             except DomainError as error:
                 refusal = error
-        call = CallInfo(method, request_id, principal, deadline, started)
+        traceparent = str(metadata.get(tracing.TRACEPARENT) or "")[:MOST_REQUEST_ID_LENGTH]
+        span = None
+        if tracing.is_on() and method not in QUIET_METHODS:
+            span = tracing.start(
+                method.removeprefix("/"), kind=tracing.SpanKind.SERVER, parent=traceparent,
+                attributes={"rpc.system": "grpc", "rpc.method": method.removeprefix("/")},
+            )
+            traceparent = tracing.traceparent_of(span, traceparent)
+        call = CallInfo(method, request_id, principal, deadline, started, traceparent, span)
         set_current_call(call)
         return call, refusal
 
@@ -99,7 +108,7 @@ class CallInterceptor:
         if not succeeded or (self._log_successes and call.method not in QUIET_METHODS):
             log.info(
                 "rpc", method=call.method, code=code.name, reason=reason, milliseconds=round(seconds * 1000, 2),
-                request_id=call.request_id, principal=call.principal.name,
+                request_id=call.request_id, principal=call.principal.name, **_trace_of(call),
             )
 
     def classify(self, call: CallInfo, error: BaseException) -> tuple[grpc.StatusCode, DomainError | None]:
@@ -113,6 +122,11 @@ class CallInterceptor:
         return grpc.StatusCode.INTERNAL, DomainError(
             "something went wrong here; the log of the service has the details under this request id"
         )
+
+
+def _trace_of(call: CallInfo) -> dict[str, str]:
+    """The trace's id, as logs and traces find each other by it."""
+    return {"trace_id": call.traceparent[3:35]} if len(call.traceparent) > 35 else {}
 
 
 class GuardedServer:
@@ -191,6 +205,9 @@ class _MethodWrapper:
         else:
             self._interceptor.metrics.handled.labels(self._method, code.name).inc()
         self._interceptor.log(call, code, reason, seconds)
+        if call.span is not None:
+            error = reason or ("" if code is grpc.StatusCode.OK else code.name)
+            tracing.end(call.span, error=error, attributes={"rpc.grpc.status_code": code.value[0]})
 
     async def _unary_unary(self, request: Any, context: Context) -> Any:
         async def body() -> Any:

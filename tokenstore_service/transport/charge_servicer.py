@@ -5,9 +5,11 @@ from __future__ import annotations
 from creditmesh.tokenstore.v1 import charge_service_pb2, charge_service_pb2_grpc
 
 from servicekit.core.errors import InvalidField
+from servicekit.telemetry.tracing import SpanKind
 from tokenstore_service.domain.commands import ChargeRecorded, IssueKind, RecordCharge, RecordStatus
 from tokenstore_service.domain.errors import ChargeIssueNotResolvable
 from tokenstore_service.transport.books import Books, Context, actor, raise_first, size_of
+from tokenstore_service.transport.charge_spans import applying
 from tokenstore_service.usecases import resolve_issues
 from tokenstore_service.usecases.ports import IssueState, StoredIssue
 from tokenstore_service.wire.charges import (
@@ -33,7 +35,8 @@ class ChargeServicer(charge_service_pb2_grpc.ChargeServiceServicer):
         commands = [
             charge_from_proto(each, now=now, field=f"charges[{index}].") for index, each in enumerate(request.charges)
         ]
-        answers = await self._books.writer.apply_all(commands)
+        with applying(request.traceparents, kind=SpanKind.INTERNAL):
+            answers = await self._books.writer.apply_all(commands)
         raise_first(answers)
         return charge_service_pb2.RecordChargesResponse(results=[
             record_result_to_proto(answer) for answer in answers if isinstance(answer, ChargeRecorded)

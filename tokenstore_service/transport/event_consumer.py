@@ -9,12 +9,15 @@ from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable, DomainError, Overloaded
 from servicekit.core.offsets import OffsetMove, StaleConsumer
 from servicekit.kafka.consumer import Batch, KafkaRecord
+from servicekit.kafka.events import header_of
 from servicekit.kafka.producer import KafkaProducer
 from servicekit.rpc.validation import RequestValidator
 from servicekit.telemetry.logs import EventLogger
 from servicekit.telemetry.metrics import ConsumerMetrics
+from servicekit.telemetry.tracing import TRACEPARENT, SpanKind, is_on
 from tokenstore_service.domain.commands import Command
 from tokenstore_service.domain.errors import RewardRuleNotFound
+from tokenstore_service.transport.charge_spans import applying
 from tokenstore_service.usecases.ports import Catalog, Issues
 from tokenstore_service.usecases.reward import reward_command
 from tokenstore_service.usecases.write_books import BookWriter
@@ -57,7 +60,8 @@ class EventConsumer:
         commands, poison = await self._commands_of(batch.records)
         await self._bury(poison)
         try:
-            answers = await self._writer.apply_all(commands, batch.moves)
+            with applying(_traceparents(batch.records), kind=SpanKind.CONSUMER):
+                answers = await self._writer.apply_all(commands, batch.moves)
         except (DependencyUnavailable, Overloaded, StaleConsumer):
             raise
         except Exception as error:  # noqa: BLE001 - looked at record by record below
@@ -145,3 +149,9 @@ class EventConsumer:
                 reason=each.reason[:200],
             )
         self._metrics.dead_letters.inc(len(poison))
+
+
+def _traceparents(records: Sequence[KafkaRecord]) -> list[str]:
+    if not is_on():
+        return []
+    return [(header_of(record.headers, TRACEPARENT) or b"").decode(errors="replace") for record in records]

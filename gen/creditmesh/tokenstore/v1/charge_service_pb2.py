@@ -28,7 +28,7 @@ from creditmesh.events.v1 import usage_recorded_pb2 as creditmesh_dot_events_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-creditmesh/tokenstore/v1/charge_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a+creditmesh/events/v1/charge_requested.proto\x1a)creditmesh/events/v1/usage_recorded.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"[\n\x14RecordChargesRequest\x12\x43\n\x07\x63harges\x18\x01 \x03(\x0b\x32%.creditmesh.events.v1.ChargeRequestedB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"z\n\x0cRecordResult\x12\x36\n\x06status\x18\x01 \x01(\x0e\x32&.creditmesh.tokenstore.v1.RecordStatus\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x15\n\rcredit_micros\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"P\n\x15RecordChargesResponse\x12\x37\n\x07results\x18\x01 \x03(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult\"V\n\x12RecordUsageRequest\x12@\n\x06usages\x18\x01 \x03(\x0b\x32#.creditmesh.events.v1.UsageRecordedB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"N\n\x13RecordUsageResponse\x12\x37\n\x07results\x18\x01 \x03(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult\"\xcd\x03\n\x0b\x43hargeIssue\x12\x10\n\x08issue_id\x18\x01 \x01(\x03\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x03 \x01(\t\x12\x37\n\x04kind\x18\x04 \x01(\x0e\x32).creditmesh.tokenstore.v1.ChargeIssueKind\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x03\x12\x10\n\x08original\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x08 \x01(\t\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x39\n\x05state\x18\n \x01(\x0e\x32*.creditmesh.tokenstore.v1.ChargeIssueState\x12.\n\nnoticed_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bresolved_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bresolved_by\x18\r \x01(\t\x12\x0c\n\x04note\x18\x0e \x01(\t\x12<\n\x07\x61\x63tions\x18\x0f \x03(\x0e\x32+.creditmesh.tokenstore.v1.ChargeIssueAction\"\x83\x02\n\x17ListChargeIssuesRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x41\n\x04kind\x18\x02 \x01(\x0e\x32).creditmesh.tokenstore.v1.ChargeIssueKindB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x43\n\x05state\x18\x03 \x01(\x0e\x32*.creditmesh.tokenstore.v1.ChargeIssueStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"j\n\x18ListChargeIssuesResponse\x12\x35\n\x06issues\x18\x01 \x03(\x0b\x32%.creditmesh.tokenstore.v1.ChargeIssue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa2\x01\n\x19ResolveChargeIssueRequest\x12\x19\n\x08issue_id\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12G\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32+.creditmesh.tokenstore.v1.ChargeIssueActionB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12!\n\x04note\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\xff\x01\x32\t^\\P{Cc}*$\"\x8a\x01\n\x1aResolveChargeIssueResponse\x12\x34\n\x05issue\x18\x01 \x01(\x0b\x32%.creditmesh.tokenstore.v1.ChargeIssue\x12\x36\n\x06result\x18\x02 \x01(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult*\xb9\x01\n\x0cRecordStatus\x12\x1d\n\x19RECORD_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15RECORD_STATUS_APPLIED\x10\x01\x12\x1b\n\x17RECORD_STATUS_DUPLICATE\x10\x02\x12\x1a\n\x16RECORD_STATUS_CONFLICT\x10\x03\x12\x1a\n\x16RECORD_STATUS_UNPRICED\x10\x04\x12\x1a\n\x16RECORD_STATUS_REJECTED\x10\x05*\xf2\x01\n\x0f\x43hargeIssueKind\x12!\n\x1d\x43HARGE_ISSUE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_CONFLICT\x10\x01\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_UNPRICED\x10\x02\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_REJECTED\x10\x03\x12\x1d\n\x19\x43HARGE_ISSUE_KIND_OVERRUN\x10\x04\x12\x1a\n\x16\x43HARGE_ISSUE_KIND_LATE\x10\x05\x12!\n\x1d\x43HARGE_ISSUE_KIND_UNDECODABLE\x10\x06*\x96\x01\n\x10\x43hargeIssueState\x12\"\n\x1e\x43HARGE_ISSUE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HARGE_ISSUE_STATE_OPEN\x10\x01\x12\x1f\n\x1b\x43HARGE_ISSUE_STATE_RESOLVED\x10\x02\x12 \n\x1c\x43HARGE_ISSUE_STATE_DISMISSED\x10\x03*\x99\x01\n\x11\x43hargeIssueAction\x12#\n\x1f\x43HARGE_ISSUE_ACTION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43HARGE_ISSUE_ACTION_RETRY\x10\x01\x12\x1f\n\x1b\x43HARGE_ISSUE_ACTION_REPRICE\x10\x02\x12\x1f\n\x1b\x43HARGE_ISSUE_ACTION_DISMISS\x10\x03\x32\xe9\x03\n\rChargeService\x12p\n\rRecordCharges\x12..creditmesh.tokenstore.v1.RecordChargesRequest\x1a/.creditmesh.tokenstore.v1.RecordChargesResponse\x12j\n\x0bRecordUsage\x12,.creditmesh.tokenstore.v1.RecordUsageRequest\x1a-.creditmesh.tokenstore.v1.RecordUsageResponse\x12y\n\x10ListChargeIssues\x12\x31.creditmesh.tokenstore.v1.ListChargeIssuesRequest\x1a\x32.creditmesh.tokenstore.v1.ListChargeIssuesResponse\x12\x7f\n\x12ResolveChargeIssue\x12\x33.creditmesh.tokenstore.v1.ResolveChargeIssueRequest\x1a\x34.creditmesh.tokenstore.v1.ResolveChargeIssueResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-creditmesh/tokenstore/v1/charge_service.proto\x12\x18\x63reditmesh.tokenstore.v1\x1a\x1b\x62uf/validate/validate.proto\x1a+creditmesh/events/v1/charge_requested.proto\x1a)creditmesh/events/v1/usage_recorded.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x83\x01\n\x14RecordChargesRequest\x12\x43\n\x07\x63harges\x18\x01 \x03(\x0b\x32%.creditmesh.events.v1.ChargeRequestedB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\x12&\n\x0ctraceparents\x18\x02 \x03(\tB\x10\xbaH\r\x92\x01\n\x10\xe8\x07\"\x05r\x03\x18\x80\x01\"z\n\x0cRecordResult\x12\x36\n\x06status\x18\x01 \x01(\x0e\x32&.creditmesh.tokenstore.v1.RecordStatus\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x15\n\rcredit_micros\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"P\n\x15RecordChargesResponse\x12\x37\n\x07results\x18\x01 \x03(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult\"V\n\x12RecordUsageRequest\x12@\n\x06usages\x18\x01 \x03(\x0b\x32#.creditmesh.events.v1.UsageRecordedB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07\"N\n\x13RecordUsageResponse\x12\x37\n\x07results\x18\x01 \x03(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult\"\xcd\x03\n\x0b\x43hargeIssue\x12\x10\n\x08issue_id\x18\x01 \x01(\x03\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x03 \x01(\t\x12\x37\n\x04kind\x18\x04 \x01(\x0e\x32).creditmesh.tokenstore.v1.ChargeIssueKind\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x03\x12\x10\n\x08original\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x08 \x01(\t\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x39\n\x05state\x18\n \x01(\x0e\x32*.creditmesh.tokenstore.v1.ChargeIssueState\x12.\n\nnoticed_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bresolved_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bresolved_by\x18\r \x01(\t\x12\x0c\n\x04note\x18\x0e \x01(\t\x12<\n\x07\x61\x63tions\x18\x0f \x03(\x0e\x32+.creditmesh.tokenstore.v1.ChargeIssueAction\"\x83\x02\n\x17ListChargeIssuesRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x41\n\x04kind\x18\x02 \x01(\x0e\x32).creditmesh.tokenstore.v1.ChargeIssueKindB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x43\n\x05state\x18\x03 \x01(\x0e\x32*.creditmesh.tokenstore.v1.ChargeIssueStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1d\n\tpage_size\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"j\n\x18ListChargeIssuesResponse\x12\x35\n\x06issues\x18\x01 \x03(\x0b\x32%.creditmesh.tokenstore.v1.ChargeIssue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa2\x01\n\x19ResolveChargeIssueRequest\x12\x19\n\x08issue_id\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12G\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32+.creditmesh.tokenstore.v1.ChargeIssueActionB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12!\n\x04note\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\xff\x01\x32\t^\\P{Cc}*$\"\x8a\x01\n\x1aResolveChargeIssueResponse\x12\x34\n\x05issue\x18\x01 \x01(\x0b\x32%.creditmesh.tokenstore.v1.ChargeIssue\x12\x36\n\x06result\x18\x02 \x01(\x0b\x32&.creditmesh.tokenstore.v1.RecordResult*\xb9\x01\n\x0cRecordStatus\x12\x1d\n\x19RECORD_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15RECORD_STATUS_APPLIED\x10\x01\x12\x1b\n\x17RECORD_STATUS_DUPLICATE\x10\x02\x12\x1a\n\x16RECORD_STATUS_CONFLICT\x10\x03\x12\x1a\n\x16RECORD_STATUS_UNPRICED\x10\x04\x12\x1a\n\x16RECORD_STATUS_REJECTED\x10\x05*\xf2\x01\n\x0f\x43hargeIssueKind\x12!\n\x1d\x43HARGE_ISSUE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_CONFLICT\x10\x01\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_UNPRICED\x10\x02\x12\x1e\n\x1a\x43HARGE_ISSUE_KIND_REJECTED\x10\x03\x12\x1d\n\x19\x43HARGE_ISSUE_KIND_OVERRUN\x10\x04\x12\x1a\n\x16\x43HARGE_ISSUE_KIND_LATE\x10\x05\x12!\n\x1d\x43HARGE_ISSUE_KIND_UNDECODABLE\x10\x06*\x96\x01\n\x10\x43hargeIssueState\x12\"\n\x1e\x43HARGE_ISSUE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HARGE_ISSUE_STATE_OPEN\x10\x01\x12\x1f\n\x1b\x43HARGE_ISSUE_STATE_RESOLVED\x10\x02\x12 \n\x1c\x43HARGE_ISSUE_STATE_DISMISSED\x10\x03*\x99\x01\n\x11\x43hargeIssueAction\x12#\n\x1f\x43HARGE_ISSUE_ACTION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43HARGE_ISSUE_ACTION_RETRY\x10\x01\x12\x1f\n\x1b\x43HARGE_ISSUE_ACTION_REPRICE\x10\x02\x12\x1f\n\x1b\x43HARGE_ISSUE_ACTION_DISMISS\x10\x03\x32\xe9\x03\n\rChargeService\x12p\n\rRecordCharges\x12..creditmesh.tokenstore.v1.RecordChargesRequest\x1a/.creditmesh.tokenstore.v1.RecordChargesResponse\x12j\n\x0bRecordUsage\x12,.creditmesh.tokenstore.v1.RecordUsageRequest\x1a-.creditmesh.tokenstore.v1.RecordUsageResponse\x12y\n\x10ListChargeIssues\x12\x31.creditmesh.tokenstore.v1.ListChargeIssuesRequest\x1a\x32.creditmesh.tokenstore.v1.ListChargeIssuesResponse\x12\x7f\n\x12ResolveChargeIssue\x12\x33.creditmesh.tokenstore.v1.ResolveChargeIssueRequest\x1a\x34.creditmesh.tokenstore.v1.ResolveChargeIssueResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RECORDCHARGESREQUEST'].fields_by_name['charges']._loaded_options = None
   _globals['_RECORDCHARGESREQUEST'].fields_by_name['charges']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
+  _globals['_RECORDCHARGESREQUEST'].fields_by_name['traceparents']._loaded_options = None
+  _globals['_RECORDCHARGESREQUEST'].fields_by_name['traceparents']._serialized_options = b'\272H\r\222\001\n\020\350\007\"\005r\003\030\200\001'
   _globals['_RECORDUSAGEREQUEST'].fields_by_name['usages']._loaded_options = None
   _globals['_RECORDUSAGEREQUEST'].fields_by_name['usages']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
   _globals['_LISTCHARGEISSUESREQUEST'].fields_by_name['user_id']._loaded_options = None
@@ -55,34 +57,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOLVECHARGEISSUEREQUEST'].fields_by_name['action']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
   _globals['_RESOLVECHARGEISSUEREQUEST'].fields_by_name['note']._loaded_options = None
   _globals['_RESOLVECHARGEISSUEREQUEST'].fields_by_name['note']._serialized_options = b'\272H\020r\016\030\377\0012\t^\\P{Cc}*$'
-  _globals['_RECORDSTATUS']._serialized_start=1833
-  _globals['_RECORDSTATUS']._serialized_end=2018
-  _globals['_CHARGEISSUEKIND']._serialized_start=2021
-  _globals['_CHARGEISSUEKIND']._serialized_end=2263
-  _globals['_CHARGEISSUESTATE']._serialized_start=2266
-  _globals['_CHARGEISSUESTATE']._serialized_end=2416
-  _globals['_CHARGEISSUEACTION']._serialized_start=2419
-  _globals['_CHARGEISSUEACTION']._serialized_end=2572
-  _globals['_RECORDCHARGESREQUEST']._serialized_start=225
-  _globals['_RECORDCHARGESREQUEST']._serialized_end=316
-  _globals['_RECORDRESULT']._serialized_start=318
-  _globals['_RECORDRESULT']._serialized_end=440
-  _globals['_RECORDCHARGESRESPONSE']._serialized_start=442
-  _globals['_RECORDCHARGESRESPONSE']._serialized_end=522
-  _globals['_RECORDUSAGEREQUEST']._serialized_start=524
-  _globals['_RECORDUSAGEREQUEST']._serialized_end=610
-  _globals['_RECORDUSAGERESPONSE']._serialized_start=612
-  _globals['_RECORDUSAGERESPONSE']._serialized_end=690
-  _globals['_CHARGEISSUE']._serialized_start=693
-  _globals['_CHARGEISSUE']._serialized_end=1154
-  _globals['_LISTCHARGEISSUESREQUEST']._serialized_start=1157
-  _globals['_LISTCHARGEISSUESREQUEST']._serialized_end=1416
-  _globals['_LISTCHARGEISSUESRESPONSE']._serialized_start=1418
-  _globals['_LISTCHARGEISSUESRESPONSE']._serialized_end=1524
-  _globals['_RESOLVECHARGEISSUEREQUEST']._serialized_start=1527
-  _globals['_RESOLVECHARGEISSUEREQUEST']._serialized_end=1689
-  _globals['_RESOLVECHARGEISSUERESPONSE']._serialized_start=1692
-  _globals['_RESOLVECHARGEISSUERESPONSE']._serialized_end=1830
-  _globals['_CHARGESERVICE']._serialized_start=2575
-  _globals['_CHARGESERVICE']._serialized_end=3064
+  _globals['_RECORDSTATUS']._serialized_start=1874
+  _globals['_RECORDSTATUS']._serialized_end=2059
+  _globals['_CHARGEISSUEKIND']._serialized_start=2062
+  _globals['_CHARGEISSUEKIND']._serialized_end=2304
+  _globals['_CHARGEISSUESTATE']._serialized_start=2307
+  _globals['_CHARGEISSUESTATE']._serialized_end=2457
+  _globals['_CHARGEISSUEACTION']._serialized_start=2460
+  _globals['_CHARGEISSUEACTION']._serialized_end=2613
+  _globals['_RECORDCHARGESREQUEST']._serialized_start=226
+  _globals['_RECORDCHARGESREQUEST']._serialized_end=357
+  _globals['_RECORDRESULT']._serialized_start=359
+  _globals['_RECORDRESULT']._serialized_end=481
+  _globals['_RECORDCHARGESRESPONSE']._serialized_start=483
+  _globals['_RECORDCHARGESRESPONSE']._serialized_end=563
+  _globals['_RECORDUSAGEREQUEST']._serialized_start=565
+  _globals['_RECORDUSAGEREQUEST']._serialized_end=651
+  _globals['_RECORDUSAGERESPONSE']._serialized_start=653
+  _globals['_RECORDUSAGERESPONSE']._serialized_end=731
+  _globals['_CHARGEISSUE']._serialized_start=734
+  _globals['_CHARGEISSUE']._serialized_end=1195
+  _globals['_LISTCHARGEISSUESREQUEST']._serialized_start=1198
+  _globals['_LISTCHARGEISSUESREQUEST']._serialized_end=1457
+  _globals['_LISTCHARGEISSUESRESPONSE']._serialized_start=1459
+  _globals['_LISTCHARGEISSUESRESPONSE']._serialized_end=1565
+  _globals['_RESOLVECHARGEISSUEREQUEST']._serialized_start=1568
+  _globals['_RESOLVECHARGEISSUEREQUEST']._serialized_end=1730
+  _globals['_RESOLVECHARGEISSUERESPONSE']._serialized_start=1733
+  _globals['_RESOLVECHARGEISSUERESPONSE']._serialized_end=1871
+  _globals['_CHARGESERVICE']._serialized_start=2616
+  _globals['_CHARGESERVICE']._serialized_end=3105
 # @@protoc_insertion_point(module_scope)
