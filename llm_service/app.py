@@ -10,25 +10,36 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from llm_service.clients.anthropic_format import AnthropicFormat
 from llm_service.clients.credit_ledger import DirectChargeDelivery, GrpcCreditLedger
-from llm_service.clients.local_model import LocalModel
-from llm_service.clients.openai_chat import OpenAiChat
+from llm_service.clients.http_model import HttpModel
+from llm_service.clients.local_model import LocalModel, manners_of
+from llm_service.clients.openai_chat_format import OpenAiChatFormat
+from llm_service.clients.openai_responses_format import OpenAiResponsesFormat
 from llm_service.clients.token_counter import BpeTokenCounter
+from llm_service.clients.upstream_http import UpstreamHttp
 from llm_service.config import Settings
 from llm_service.domain.call import CallRecord
 from llm_service.domain.deployment import Provider
 from llm_service.storage.call_journal import PostgresCallJournal
 from llm_service.storage.model_registry import FollowedDirectory, PostgresModelRegistry
-from llm_service.storage.sealed_keys import KeySealer
+from llm_service.storage.sealed_keys import KEY_BYTES, KeySealer
 from llm_service.storage.tables import SCHEMA
+from llm_service.storage.user_policies import PostgresUserPolicies
+from llm_service.telemetry.call_metrics import CallMetrics
 from llm_service.transport.servicers import Calls, services
+from llm_service.usecases.admission import Admission, LocalLimiter
+from llm_service.usecases.attempts import Attempts
+from llm_service.usecases.begin_call import CallBeginner
 from llm_service.usecases.keep_calls_alive import keep_calls_alive
 from llm_service.usecases.manage_models import ModelAdministration
+from llm_service.usecases.model_health import ModelHealth
+from llm_service.usecases.ports import Limiter, ModelProvider
 from llm_service.usecases.run_call import CallRunner
 from llm_service.usecases.running_calls import RunningCalls
 from llm_service.usecases.sweep_calls import sweep_calls
 from llm_service.wire.chat import answer_from_bytes, answer_to_bytes
-from llm_service.wire.events import CHARGE_REQUESTED, CHARGES_TOPIC, charge_requested_to_bytes
+from llm_service.wire.events import CHARGE_REQUESTED, CHARGES_TOPIC, charge_event_id, charge_requested_to_bytes
 from servicekit.core.clock import SystemClock
 from servicekit.core.faults import faults_from
 from servicekit.core.ids import RandomIdSource
@@ -61,13 +72,12 @@ async def serve(settings: Settings) -> None:
     clock, ids, faults = SystemClock(), RandomIdSource(), faults_from(settings.fault)
     charges_topic = settings.kafka_topic_prefix + CHARGES_TOPIC
 
-    def event_of(record: CallRecord) -> tuple[str, str, bytes]:
-        return CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record)
+    def event_of(record: CallRecord, *, corrects: bool = False) -> tuple[str, str, str, bytes]:
+        event_id = charge_event_id(record, corrects=corrects)
+        return event_id, CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record, corrects=corrects)
 
     hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
     log.info("starting", **redacted(settings))
-    if settings.redis_url:
-        log.warning("redis_not_used", reason="nothing of this service is kept there in this version")
     url = settings.full_database_url()
     database = Database(url, schema=SCHEMA, application_name=NAME, pool_size=settings.database_pool_size)
     writing = Database(
@@ -79,17 +89,41 @@ async def serve(settings: Settings) -> None:
     )
     token = TokenMetadata(settings.tokenstore_token_file)
     ledger = GrpcCreditLedger(channel, token, hold_ttl=hold_ttl)
-    registry = PostgresModelRegistry(database, KeySealer(settings.sealing_key()))
-    directory = FollowedDirectory(database, registry)
+    sealer = KeySealer(settings.sealing_keys())
+    answer_sealer = sealer
+    if not sealer.can_seal:
+        # Never in clear: without a key of the operator's, under one that ends with this process.
+        answer_sealer = KeySealer([os.urandom(KEY_BYTES)])
+        log.warning("answers_end_with_the_process", reason="LLM_SECRET_KEY is not set")
+    registry = PostgresModelRegistry(database, sealer)
+    policies = PostgresUserPolicies(database)
+    directory = FollowedDirectory(database, registry, also=policies.refresh)
     tokens = BpeTokenCounter()
     running = RunningCalls()
-    openai_chat = OpenAiChat()
+    health, meters = ModelHealth(clock), CallMetrics()
+    http = UpstreamHttp(settings.upstream_reach)
+    providers: dict[Provider, ModelProvider] = {
+        Provider.LOCAL: LocalModel(tokens, tokens_per_second=settings.local_tokens_per_second),
+        Provider.OPENAI_CHAT: HttpModel(http, OpenAiChatFormat()),
+        Provider.OPENAI_RESPONSES: HttpModel(http, OpenAiResponsesFormat()),
+        Provider.ANTHROPIC: HttpModel(http, AnthropicFormat()),
+    }
     async with AsyncExitStack() as stack:
         for each in (database, writing):
             await each.open()
             stack.push_async_callback(each.close)
         stack.push_async_callback(channel.close)
-        stack.push_async_callback(openai_chat.close)
+        stack.push_async_callback(http.close)
+        limiter: Limiter = LocalLimiter(clock)
+        if settings.redis_url:
+            # Imported here: the driver weighs 24 MB, and most processes need none.
+            from llm_service.clients.redis_limits import RedisLimiter
+
+            limiter = shared = RedisLimiter(settings.redis_url, clock=clock, ids=ids)
+            stack.push_async_callback(shared.close)
+        admission = Admission(
+            limiter, clock=clock, queue_seconds=settings.queue_seconds, most_waiting=settings.most_waiting_calls
+        )
         publisher: Publisher = DirectChargeDelivery(channel, token)
         if settings.kafka_bootstrap_servers:
             await stack.enter_async_context(background(
@@ -103,22 +137,30 @@ async def serve(settings: Settings) -> None:
             clock=clock, faults=faults,
         )
         journal = PostgresCallJournal(
-            writing, database, event_of=event_of, answer_to_bytes=answer_to_bytes,
+            writing, database, event_of=event_of, sealer=answer_sealer, answer_to_bytes=answer_to_bytes,
             answer_from_bytes=answer_from_bytes, wake_relay=relay.wake,
             lease=timedelta(seconds=settings.call_lease_seconds),
         )
         runner = CallRunner(
-            models=directory, ledger=ledger, journal=journal, tokens=tokens, running=running, clock=clock, ids=ids,
-            faults=faults, most_running=settings.most_running_calls,
-            providers={
-                Provider.LOCAL: LocalModel(tokens, tokens_per_second=settings.local_tokens_per_second),
-                Provider.OPENAI_CHAT: openai_chat,
-            },
+            beginner=CallBeginner(
+                models=directory, ledger=ledger, journal=journal, tokens=tokens, admission=admission,
+                policies=policies, user_limits=settings.user_limits(), clock=clock, ids=ids, faults=faults,
+            ),
+            attempts=Attempts(
+                providers, health=health, admission=admission, meters=meters, clock=clock,
+                most_attempts=settings.most_attempts,
+            ),
+            ledger=ledger, journal=journal, tokens=tokens, admission=admission, policies=policies, running=running,
+            meters=meters, clock=clock, faults=faults, most_running=settings.most_running_calls,
         )
         validator = RequestValidator()
         served = services(
             Calls(runner, journal, running, directory, tokens, ids),
-            ModelAdministration(registry, directory, clock=clock, ids=ids), validator,
+            ModelAdministration(
+                registry, directory, providers, check_local=manners_of, reach=settings.upstream_reach, clock=clock,
+                ids=ids,
+            ),
+            policies, validator, clock,
         )
         board = HealthBoard([service.name for service in served])
         server = build_server(
@@ -133,11 +175,19 @@ async def serve(settings: Settings) -> None:
         await stack.enter_async_context(background(directory.follow, name="models"))
         await stack.enter_async_context(background(relay.run, name="outbox-relay"))
         await stack.enter_async_context(background(
-            lambda: keep_calls_alive(running, journal, ledger, clock=clock, hold_ttl=hold_ttl), name="heartbeats"
+            lambda: keep_calls_alive(
+                running, journal, ledger, limiter, clock=clock, hold_ttl=hold_ttl,
+                beat=lambda: meters.show(running, directory, health),
+            ),
+            name="heartbeats",
         ))
-        kept = timedelta(seconds=settings.answers_kept_seconds)
+        kept = timedelta(seconds=settings.replay_ttl)
         await stack.enter_async_context(background(
-            lambda: sweep_calls(journal, ledger, clock=clock, answers_kept=kept), name="call-sweeper"
+            lambda: sweep_calls(
+                journal, ledger, clock=clock, answers_kept=kept,
+                found=lambda state, calls: meters.swept.labels(state).inc(calls),
+            ),
+            name="call-sweeper",
         ))
 
         async def tokenstore_is_reachable() -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr, model_validator
 
-from llm_service.storage.sealed_keys import parse_secret_key
+from llm_service.domain.rate_limit import Limits
+from llm_service.domain.upstream_address import Reach
+from llm_service.storage.sealed_keys import parse_secret_keys
 from servicekit.settings import Address, AddressOrOff, ServerSettings, load_settings
 
 PREFIX = "LLM"
@@ -30,27 +32,38 @@ class Settings(ServerSettings):
     kafka_topic_prefix: str = ""
     call_lease_seconds: float = Field(default=10.0, ge=2, le=3600)
     hold_ttl_seconds: int = Field(default=60, ge=2, le=3600)
-    answers_kept_seconds: int = Field(default=86_400, ge=0, le=31_536_000)
+    replay_ttl: int = Field(default=86_400, ge=0, le=31_536_000)
     most_running_calls: int = Field(default=20_000, ge=1, le=1_000_000)
     local_tokens_per_second: float = Field(default=60.0, ge=0, le=1_000_000)
+    upstream_reach: Reach = Reach.LOOPBACK
+    most_attempts: int = Field(default=6, ge=1, le=50)
+    queue_seconds: float = Field(default=5.0, ge=0, le=600)
+    most_waiting_calls: int = Field(default=100, ge=0, le=100_000)
+    user_max_concurrency: int = Field(default=0, ge=0, le=1_000_000)
+    user_rpm: int = Field(default=0, ge=0, le=100_000_000)
+    user_tpm: int = Field(default=0, ge=0, le=1_000_000_000)
 
     @model_validator(mode="after")
     def _check_secret_key(self) -> Settings:
         if self.secret_key is not None and self.secret_key_file is not None:
             raise ValueError("secret_key: give this or the file, not both")
         try:
-            self.sealing_key()
+            self.sealing_keys()
         except ValueError as error:
             raise ValueError(f"{'secret_key' if self.secret_key else 'secret_key_file'}: {error}") from None
         return self
 
-    def sealing_key(self) -> bytes | None:
-        """The 32 bytes that seal model keys; None when there are none. Raises ValueError."""
+    def sealing_keys(self) -> list[bytes]:
+        """Keys of 32 bytes that seal model keys and answers, the newest first. Raises ValueError."""
         if self.secret_key is not None:
-            return parse_secret_key(self.secret_key.get_secret_value())
+            return parse_secret_keys(self.secret_key.get_secret_value())
         if self.secret_key_file is not None and self.secret_key_file.is_file():
-            return parse_secret_key(self.secret_key_file.read_text())
-        return None
+            return parse_secret_keys(self.secret_key_file.read_text())
+        return []
+
+    def user_limits(self) -> Limits:
+        """Of users without a policy of their own."""
+        return Limits(self.user_max_concurrency, self.user_rpm, self.user_tpm)
 
 
 def load(environ: Mapping[str, str]) -> Settings:

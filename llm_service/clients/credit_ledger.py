@@ -25,6 +25,7 @@ from servicekit.core.errors import DependencyUnavailable
 from servicekit.outbox.message import OutboxMessage
 from servicekit.rpc.channel import TokenMetadata
 from servicekit.rpc.times import timestamp_from_proto, timestamp_to_proto
+from servicekit.telemetry import tracing
 from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
@@ -36,6 +37,7 @@ MOST_HOLDS = 500
 LINGER_SECONDS = 0.002
 PAGE_SIZE = 500
 DEPENDENCY = "TokenStore"
+OPEN_HOLDS = "creditmesh.tokenstore.v1.HoldService/OpenHolds"
 
 
 class GrpcCreditLedger:
@@ -46,15 +48,15 @@ class GrpcCreditLedger:
         self._metadata = metadata
         self._ttl = Duration()
         self._ttl.FromTimedelta(hold_ttl)
-        self._opening: MicroBatcher[HoldAsked, HoldGranted | HoldRefused] = MicroBatcher(
+        self._opening: MicroBatcher[tuple[HoldAsked, str], HoldGranted | HoldRefused] = MicroBatcher(
             self._open_holds, name="open-holds", most_items=MOST_HOLDS, linger_seconds=LINGER_SECONDS
         )
         self._releasing: MicroBatcher[tuple[str, UUID], None] = MicroBatcher(
             self._release_holds, name="release-holds", most_items=MOST_HOLDS
         )
 
-    async def open_hold(self, asked: HoldAsked) -> HoldGranted | HoldRefused:
-        return await self._opening.submit(asked)
+    async def open_hold(self, asked: HoldAsked, *, traceparent: str = "") -> HoldGranted | HoldRefused:
+        return await self._opening.submit((asked, traceparent))
 
     async def release_hold(self, user_id: str, call_id: UUID) -> None:
         await self._releasing.submit((user_id, call_id))
@@ -87,13 +89,29 @@ class GrpcCreditLedger:
         await self._opening.close()
         await self._releasing.close()
 
-    async def _open_holds(self, asked: Sequence[HoldAsked]) -> Sequence[HoldGranted | HoldRefused | Exception]:
-        request = hold_service_pb2.OpenHoldsRequest(requests=[self._hold_request(each) for each in asked])
+    async def _open_holds(
+        self, asked: Sequence[tuple[HoldAsked, str]]
+    ) -> Sequence[HoldGranted | HoldRefused | Exception]:
+        request = hold_service_pb2.OpenHoldsRequest(requests=[self._hold_request(each) for each, _ in asked])
+        metadata = self._metadata()
+        span = None
+        if traced := [traceparent for _, traceparent in asked if traceparent]:
+            # One RPC serves several calls: it belongs to the first one's trace and is linked from the others.
+            span = tracing.start(
+                OPEN_HOLDS, kind=tracing.SpanKind.CLIENT, parent=traced[0], links=traced[1:], starts_trace=False,
+                attributes={"rpc.system": "grpc", "rpc.method": OPEN_HOLDS, "creditmesh.holds": len(asked)},
+            )
+            metadata = (*metadata, *tracing.metadata_of(tracing.traceparent_of(span, traced[0])))
         try:
-            answer = await self._stub.OpenHolds(request, timeout=HOLD_SECONDS, metadata=self._metadata())
+            answer = await self._stub.OpenHolds(request, timeout=HOLD_SECONDS, metadata=metadata)
         except grpc.aio.AioRpcError as error:
+            tracing.end(span, error=error.code().name)
             raise _unavailable(error) from error
-        return [_hold_from_proto(result) for result in answer.results]
+        tracing.end(span)
+        asked_for = [each.provider for each, _ in asked]
+        return [
+            _hold_from_proto(result, provider) for result, provider in zip(answer.results, asked_for, strict=True)
+        ]
 
     async def _release_holds(self, holds: Sequence[tuple[str, UUID]]) -> Sequence[None]:
         request = hold_service_pb2.ReleaseHoldsRequest(holds=_keys(holds))
@@ -110,7 +128,7 @@ class GrpcCreditLedger:
             provider=asked.provider, model=asked.model, input_tokens=asked.input_tokens,
             max_output_tokens=asked.max_output_tokens, min_output_tokens=asked.min_output_tokens, ttl=self._ttl,
             request_fingerprint=billing.request_fingerprint, skip_charge=billing.skip_charge, origin=ORIGIN,
-            labels=billing.labels,
+            labels=billing.labels, other_providers=asked.other_providers,
         )
 
 
@@ -125,6 +143,8 @@ class DirectChargeDelivery:
         request = charge_service_pb2.RecordChargesRequest(
             charges=[charge_requested_from_bytes(message.payload) for message in messages]
         )
+        if any(message.traceparent for message in messages):
+            request.traceparents.extend(message.traceparent for message in messages)
         try:
             answer = await self._stub.RecordCharges(request, timeout=DELIVERY_SECONDS, metadata=self._metadata())
         except grpc.aio.AioRpcError as error:
@@ -149,7 +169,7 @@ def _keys(holds: Sequence[tuple[str, UUID]]) -> list[hold_service_pb2.HoldKey]:
     return [hold_service_pb2.HoldKey(user_id=user_id, hold_id=str(call_id)) for user_id, call_id in holds]
 
 
-def _hold_from_proto(result: hold_service_pb2.HoldResult) -> HoldGranted | HoldRefused:
+def _hold_from_proto(result: hold_service_pb2.HoldResult, provider: str) -> HoldGranted | HoldRefused:
     if result.HasField("refused"):
         refused = result.refused
         return HoldRefused(
@@ -158,9 +178,11 @@ def _hold_from_proto(result: hold_service_pb2.HoldResult) -> HoldGranted | HoldR
             budget=_budget_from_proto(refused) if refused.HasField("budget") else None,
         )
     granted = result.granted
+    quotes = {provider: quote_from_proto(granted.quote)} if granted.HasField("quote") else {}
+    for other, quote in granted.other_quotes.items():
+        quotes[other] = quote_from_proto(quote)
     return HoldGranted(
-        held_micros=granted.held_micros, max_output_tokens=granted.max_output_tokens,
-        quote=quote_from_proto(granted.quote) if granted.HasField("quote") else None,
+        held_micros=granted.held_micros, max_output_tokens=granted.max_output_tokens, quotes=quotes,
         expires_at=timestamp_from_proto(granted.expires_at, field="expires_at"),
     )
 

@@ -1,4 +1,4 @@
-"""OpenAI chat completions as JSON: requests out of prompts, usage, deltas and errors out of answers."""
+"""OpenAI chat completions and embeddings as JSON, with the differences of its many servers as settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from typing import Any
 
 import orjson
 
+from llm_service.clients.upstream_failures import failure_of
+from llm_service.clients.wire_format import (
+    MOST_TOOL_CALLS,
+    WRONG_SHAPE,
+    Malformed,
+    Posted,
+    add_text,
+    count_of,
+    data_url,
+    fitted,
+    key_headers,
+    path_of,
+    schema_name,
+    set_finish,
+    usage_or_none,
+    with_defaults,
+)
 from llm_service.domain.chat import (
     AudioPart,
     Delta,
@@ -18,12 +35,13 @@ from llm_service.domain.chat import (
     Prompt,
     Role,
     TextPart,
-    ToolCall,
+    Tool,
     ToolCallDelta,
     ToolChoiceMode,
 )
 from llm_service.domain.deployment import Deployment
-from llm_service.usecases.ports import UpstreamAnswer, UpstreamChunk, UpstreamFailure
+from llm_service.domain.quirks import Quirks, effective
+from llm_service.usecases.ports import Question, UpstreamChunk
 from metering.usage import Usage
 
 ROLE_NAMES = {
@@ -34,45 +52,88 @@ CHOICE_NAMES = {ToolChoiceMode.AUTO: "auto", ToolChoiceMode.NONE: "none", ToolCh
 FINISH_REASONS = {
     "stop": FinishReason.STOP, "length": FinishReason.LENGTH, "tool_calls": FinishReason.TOOL_CALLS,
     "function_call": FinishReason.TOOL_CALLS, "content_filter": FinishReason.CONTENT_FILTER,
+    "max_tokens": FinishReason.LENGTH, "model_length": FinishReason.LENGTH, "eos": FinishReason.STOP,
+    "end_turn": FinishReason.STOP,
 }
-MOST_TOKENS = 1_000_000_000
+FAILED_FINISHES = frozenset({"error", "insufficient_system_resource"})
+"""Reasons with which some servers say, after 200, that they failed."""
 
 
-_WRONG_SHAPE = (AttributeError, IndexError, KeyError, TypeError)
+class OpenAiChatFormat:
+    """Implements WireFormat."""
+
+    def posted(self, deployment: Deployment, question: Question) -> Posted:
+        quirks = effective(deployment.quirks)
+        query = {"api-version": quirks.api_version} if quirks.api_version else {}
+        headers = key_headers(deployment, quirks, standard="authorization")
+        if question.inputs:
+            path = path_of(deployment, quirks, "/chat/completions").replace("/chat/completions", "/embeddings")
+            return Posted(path, _embeddings_body(deployment, question, quirks), headers, query)
+        path = path_of(deployment, quirks, "/chat/completions")
+        return Posted(path, _chat_body(deployment, question, quirks), headers, query)
+
+    def decoder(self, question: Question) -> ChatDecoder:
+        return ChatDecoder()
+
+    def read_answer(self, chunk: UpstreamChunk, document: Any, question: Question) -> None:
+        try:
+            if question.inputs:
+                _read_embeddings(chunk, document, len(question.inputs))
+            else:
+                _read_chat(chunk, document)
+        except WRONG_SHAPE as error:
+            raise Malformed("the answer has another shape") from error
 
 
-class MalformedAnswer(Exception):
-    """The JSON is not what chat completions promise."""
-
-
-def request_body(deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, stream: bool) -> bytes:
+def _chat_body(deployment: Deployment, question: Question, quirks: Quirks) -> dict[str, Any]:
+    prompt = fitted(question.prompt, deployment)
     body: dict[str, Any] = {
         "model": deployment.upstream_model,
-        "messages": [_message(message) for message in prompt.messages],
-        "max_tokens": max_output_tokens,
+        "messages": [_message(message, quirks) for message in prompt.messages],
+        quirks.max_tokens_field or "max_tokens": question.max_output_tokens,
     }
-    if stream:
+    if not question.whole:
         body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
+        if not quirks.no_stream_usage:
+            body["stream_options"] = {"include_usage": True}
     optional = {
         "temperature": prompt.temperature,
         "top_p": prompt.top_p,
         "seed": prompt.seed,
         "stop": list(prompt.stop) or None,
-        "tools": [_tool(tool) for tool in prompt.tools] or None,
+        "tools": [tool_to_json(tool) for tool in prompt.tools] or None,
         "tool_choice": _tool_choice(prompt.tool_choice),
         "response_format": _response_format(prompt),
         "reasoning_effort": prompt.reasoning_effort.name.lower() if prompt.reasoning_effort else None,
-        "thinking": None if prompt.thinking is None else {"type": "enabled" if prompt.thinking else "disabled"},
-        "parallel_tool_calls": prompt.parallel_tool_calls,
+        "parallel_tool_calls": prompt.parallel_tool_calls if prompt.tools else None,
         "metadata": prompt.metadata or None,
+        **_thinking(prompt, quirks),
     }
     body.update({name: value for name, value in optional.items() if value is not None})
-    return orjson.dumps(body)
+    return with_defaults(body, deployment, quirks)
 
 
-def _message(message: Message) -> dict[str, Any]:
-    told: dict[str, Any] = {"role": ROLE_NAMES[message.role]}
+def _thinking(prompt: Prompt, quirks: Quirks) -> dict[str, Any]:
+    if prompt.thinking is None:
+        return {}
+    match quirks.thinking_field or "thinking":
+        case "thinking":
+            return {"thinking": {"type": "enabled" if prompt.thinking else "disabled"}}
+        case "enable_thinking":
+            return {"enable_thinking": prompt.thinking}
+        case "chat_template_kwargs":
+            return {"chat_template_kwargs": {"enable_thinking": prompt.thinking}}
+        case "reasoning":
+            return {"reasoning": {"enabled": prompt.thinking}}
+        case _:
+            return {}
+
+
+def _message(message: Message, quirks: Quirks) -> dict[str, Any]:
+    role = ROLE_NAMES[message.role]
+    if message.role is Role.DEVELOPER and quirks.developer_role:
+        role = quirks.developer_role
+    told: dict[str, Any] = {"role": role}
     texts_only = all(isinstance(part, TextPart) for part in message.parts)
     if len(message.parts) == 1 and texts_only:
         told["content"] = message.parts[0].text  # type: ignore[union-attr]  # checked above
@@ -82,6 +143,8 @@ def _message(message: Message) -> dict[str, Any]:
         told["content"] = None if message.tool_calls else ""
     if message.name:
         told["name"] = message.name
+    if message.reasoning and quirks.reasoning_field not in ("", "none"):
+        told[quirks.reasoning_field] = message.reasoning
     if message.tool_calls:
         told["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -97,19 +160,15 @@ def _part(part: Part) -> dict[str, Any]:
         case TextPart(text):
             return {"type": "text", "text": text}
         case ImagePart(url, data, mime_type, detail):
-            image = {"url": url or _data_url(mime_type, data)}
+            image = {"url": url or data_url(mime_type, data)}
             return {"type": "image_url", "image_url": {**image, "detail": detail} if detail else image}
         case AudioPart(data, form):
             return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": form}}
         case FilePart(data, filename, mime_type):
-            return {"type": "file", "file": {"filename": filename, "file_data": _data_url(mime_type, data)}}
+            return {"type": "file", "file": {"filename": filename, "file_data": data_url(mime_type, data)}}
 
 
-def _data_url(mime_type: str, data: bytes) -> str:
-    return f"data:{mime_type};base64,{base64.b64encode(data).decode()}"
-
-
-def _tool(tool: Any) -> dict[str, Any]:
+def tool_to_json(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description:
         function["description"] = tool.description
@@ -136,70 +195,76 @@ def _response_format(prompt: Prompt) -> dict[str, Any] | None:
     schema = prompt.json_schema
     return {
         "type": "json_schema",
-        "json_schema": {"name": schema.name, "schema": orjson.loads(schema.schema), "strict": schema.strict},
+        "json_schema": {
+            "name": schema_name(schema), "schema": orjson.loads(schema.schema), "strict": schema.strict
+        },
     }
+
+
+def _embeddings_body(deployment: Deployment, question: Question, quirks: Quirks) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": deployment.upstream_model, "input": list(question.inputs), "encoding_format": "float"
+    }
+    if question.dimensions is not None:
+        body["dimensions"] = question.dimensions
+    return with_defaults(body, deployment, quirks)
+
+
+def _usage(told: dict[str, Any]) -> Usage | None:
+    if told.get("prompt_tokens") is None and told.get("completion_tokens") is None:
+        return None
+    ins, outs = told.get("prompt_tokens_details") or {}, told.get("completion_tokens_details") or {}
+    return Usage(
+        input_tokens=count_of(told, "prompt_tokens"),
+        # DeepSeek tells its cache hits beside the counts, not in their details.
+        cached_input_tokens=count_of(ins, "cached_tokens") or count_of(told, "prompt_cache_hit_tokens"),
+        cache_write_tokens=count_of(ins, "cache_write_tokens"),
+        output_tokens=count_of(told, "completion_tokens"), reasoning_tokens=count_of(outs, "reasoning_tokens"),
+        input_audio_tokens=count_of(ins, "audio_tokens"), output_audio_tokens=count_of(outs, "audio_tokens"),
+    )
 
 
 def usage_from_json(told: Any) -> Usage | None:
     """None when it is absent or no usage; counts outside 0..10^9 are no usage either."""
-    if not isinstance(told, dict):
-        return None
-    input_details = told.get("prompt_tokens_details") or {}
-    output_details = told.get("completion_tokens_details") or {}
-    counts = (
-        told.get("prompt_tokens"), input_details.get("cached_tokens"), input_details.get("cache_write_tokens"),
-        told.get("completion_tokens"), output_details.get("reasoning_tokens"), input_details.get("audio_tokens"),
-        output_details.get("audio_tokens"),
-    )
-    numbers: list[Any] = [0 if count is None else count for count in counts]
-    if any(type(number) is not int or not 0 <= number <= MOST_TOKENS for number in numbers):
-        return None
-    if counts[0] is None and counts[3] is None:
-        return None
-    return Usage(
-        input_tokens=numbers[0], cached_input_tokens=numbers[1], cache_write_tokens=numbers[2],
-        output_tokens=numbers[3], reasoning_tokens=numbers[4], input_audio_tokens=numbers[5],
-        output_audio_tokens=numbers[6],
-    )
+    return usage_or_none(_usage, told)
 
 
-def add_event(chunk: UpstreamChunk, event: Any) -> None:
-    """Adds one streamed event to a chunk. Raises UpstreamFailure for an error event, MalformedAnswer."""
-    try:
-        _add_event(chunk, event)
-    except _WRONG_SHAPE as error:
-        raise MalformedAnswer("an event has another shape") from error
+class ChatDecoder:
+    """Reads chat.completion.chunk events."""
 
+    def __init__(self) -> None:
+        self.is_finished = False
 
-def _add_event(chunk: UpstreamChunk, event: Any) -> None:
-    if event.get("error") is not None:
-        raise failure_from_error(event["error"], http_status=0)
-    if model := event.get("model"):
-        chunk.upstream_model = str(model)[:128]
-    if (usage := usage_from_json(event.get("usage"))) is not None:
-        chunk.usage = usage
-    for choice in event.get("choices") or ():
-        if choice.get("index", 0) != 0:
-            continue
-        if told := choice.get("delta"):
-            _add_delta(chunk, told)
-        if finish := choice.get("finish_reason"):
-            chunk.finish_reason = FINISH_REASONS.get(finish, FinishReason.STOP)
+    def add(self, chunk: UpstreamChunk, event: Any) -> None:
+        try:
+            self._add(chunk, event)
+        except WRONG_SHAPE as error:
+            raise Malformed("an event has another shape") from error
+
+    def _add(self, chunk: UpstreamChunk, event: Any) -> None:
+        if model := event.get("model"):
+            chunk.upstream_model = str(model)[:128]
+        if (usage := usage_from_json(event.get("usage"))) is not None:
+            chunk.usage = usage
+        if event.get("error") is not None:
+            raise failure_of(event["error"])
+        for choice in event.get("choices") or ():
+            if choice.get("index", 0) != 0:
+                continue
+            if told := choice.get("delta"):
+                _add_delta(chunk, told)
+            if finish := choice.get("finish_reason"):
+                if finish in FAILED_FINISHES:
+                    raise failure_of(choice.get("error") or {"code": str(finish)})
+                set_finish(chunk, FINISH_REASONS, finish)
+                self.is_finished = True
 
 
 def _add_delta(chunk: UpstreamChunk, told: Any) -> None:
-    text = told.get("content") or told.get("refusal") or ""
-    reasoning = told.get("reasoning_content") or told.get("reasoning") or ""
-    if not isinstance(text, str) or not isinstance(reasoning, str):
-        raise MalformedAnswer("the text of a delta is no string")
-    if text or reasoning:
-        chunk.pieces += 1
-        last = chunk.deltas[-1] if chunk.deltas else None
-        if last is not None and last.tool_call is None:
-            # Several events arrived in one read: one message carries them.
-            chunk.deltas[-1] = Delta(text=last.text + text, reasoning=last.reasoning + reasoning)
-        else:
-            chunk.deltas.append(Delta(text=text, reasoning=reasoning))
+    add_text(
+        chunk, told.get("content") or told.get("refusal") or "",
+        told.get("reasoning_content") or told.get("reasoning") or "",
+    )
     for position, call in enumerate(told.get("tool_calls") or ()):
         chunk.pieces += 1
         chunk.deltas.append(Delta(tool_call=_tool_call_delta(call, position)))
@@ -207,58 +272,39 @@ def _add_delta(chunk: UpstreamChunk, told: Any) -> None:
 
 def _tool_call_delta(told: Any, position: int) -> ToolCallDelta:
     function = told.get("function") or {}
-    index = told.get("index", position)
-    if type(index) is not int or not 0 <= index < 1024:
-        raise MalformedAnswer("a tool call has no number")
+    index = told.get("index")
+    if index is None:
+        index = position
+    if type(index) is not int or not 0 <= index < MOST_TOOL_CALLS:
+        raise Malformed("a tool call has no number")
+    arguments = function.get("arguments") or ""
+    if not isinstance(arguments, str):
+        arguments = orjson.dumps(arguments).decode()  # Ollama sends an object
     return ToolCallDelta(
         index=index, id=str(told.get("id") or "")[:128], name=str(function.get("name") or "")[:64],
-        arguments=str(function.get("arguments") or ""),
+        arguments=arguments,
     )
 
 
-def answer_from_json(document: Any) -> UpstreamAnswer:
-    """A whole answer. Raises UpstreamFailure for an error object, MalformedAnswer."""
-    try:
-        return _answer_from_json(document)
-    except _WRONG_SHAPE as error:
-        raise MalformedAnswer("the answer has another shape") from error
-
-
-def _answer_from_json(document: Any) -> UpstreamAnswer:
+def _read_chat(chunk: UpstreamChunk, document: Any) -> None:
+    chunk.upstream_model = str(document.get("model") or "")[:128]
+    chunk.usage = usage_from_json(document.get("usage"))
     if document.get("error") is not None and not document.get("choices"):
-        raise failure_from_error(document["error"], http_status=0)
-    choices = document.get("choices")
-    if not choices:
-        raise MalformedAnswer("the answer has no choice")
-    told = choices[0].get("message") or {}
-    chunk = UpstreamChunk()
-    _add_delta(chunk, told)
-    texts = [delta for delta in chunk.deltas if delta.tool_call is None]
-    message = Message(
-        role=Role.ASSISTANT,
-        parts=(TextPart(texts[0].text),) if texts and texts[0].text else (),
-        reasoning=texts[0].reasoning if texts else "",
-        tool_calls=tuple(
-            ToolCall(delta.tool_call.id, delta.tool_call.name, delta.tool_call.arguments)
-            for delta in chunk.deltas if delta.tool_call is not None
-        ),
-    )
-    return UpstreamAnswer(
-        message=message, finish_reason=FINISH_REASONS.get(str(choices[0].get("finish_reason")), FinishReason.STOP),
-        usage=usage_from_json(document.get("usage")), upstream_model=str(document.get("model") or "")[:128],
-    )
+        raise failure_of(document["error"])
+    choice = document["choices"][0]
+    if choice.get("finish_reason") in FAILED_FINISHES:
+        raise failure_of(choice.get("error") or {"code": str(choice["finish_reason"])})
+    _add_delta(chunk, choice.get("message") or {})
+    set_finish(chunk, FINISH_REASONS, choice.get("finish_reason") or "stop")
 
 
-def failure_from_error(error: Any, *, http_status: int, retry_after_seconds: float | None = None) -> UpstreamFailure:
-    """What an error object of a model server means. Its text stays out: it may quote the prompt or a key."""
-    code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
-    known = code if code.replace("_", "").isalnum() and len(code) <= 64 else ""
-    detail = f"HTTP {http_status}, code {known or 'none'}" if http_status else f"error event, code {known or 'none'}"
-    if code in {"context_length_exceeded", "string_above_max_length"}:
-        reason = "CONTEXT_TOO_LONG"
-    elif http_status in {400, 404, 413, 422} or code in {"invalid_request_error", "content_policy_violation"}:
-        reason = "UPSTREAM_REJECTED"
-    else:
-        # 401 and 403 too: our key is at fault, not the caller.
-        reason = "UPSTREAM_UNAVAILABLE"
-    return UpstreamFailure(reason, detail, http_status=http_status, retry_after_seconds=retry_after_seconds)
+def _read_embeddings(chunk: UpstreamChunk, document: Any, count: int) -> None:
+    if document.get("error") is not None:
+        raise failure_of(document["error"])
+    rows = sorted(document["data"], key=lambda row: int(row["index"]))
+    if [row["index"] for row in rows] != list(range(count)):
+        raise Malformed("the vectors are not those of the inputs")
+    chunk.vectors = tuple(tuple(map(float, row["embedding"])) for row in rows)
+    chunk.upstream_model = str(document.get("model") or "")[:128]
+    chunk.usage = usage_from_json(document.get("usage"))
+    chunk.finish_reason = FinishReason.STOP

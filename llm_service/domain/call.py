@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, IntEnum, auto
+from typing import Any
 from uuid import UUID
 
 from llm_service.domain.chat import FinishReason
@@ -58,9 +59,26 @@ class Billing:
     request_id_was_given: bool = False
 
 
+class AttemptKind(IntEnum):
+    """Why an attempt was made; numbers as on the wire."""
+
+    FIRST = 1
+    RETRY = 2
+    FALLBACK = 3
+    HEDGE = 4
+    REPAIR = 5
+
+
+class Operation(IntEnum):
+    """What a call does; numbers as on the wire."""
+
+    CHAT = 1
+    EMBED = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try against one deployment."""
+    """One try against one deployment. `charged`: its usage is part of what the call is charged for."""
 
     number: int
     model_id: str
@@ -71,6 +89,10 @@ class Attempt:
     ended_at: datetime | None = None
     error_reason: str = ""
     http_status: int = 0
+    kind: AttemptKind = AttemptKind.FIRST
+    usage: Usage | None = None
+    charged: bool = False
+    upstream_finish_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +119,7 @@ class CallRecord:
     first_token_at: datetime | None = None
     ended_at: datetime | None = None
     swept: bool = False
+    operation: Operation = Operation.CHAT
 
 
 class End(Enum):
@@ -110,6 +133,8 @@ class End(Enum):
     MODEL_TIMEOUT = auto()
     """The model's total timeout."""
     UPSTREAM_FAILED = auto()
+    SCHEMA_MISMATCH = auto()
+    """Answer and repair were delivered by the model, and neither follows the JSON Schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +154,13 @@ _INTERRUPTED = {
 
 def judge(
     end: End, *, finish_reason: FinishReason, reached_model: bool, delivered: bool, clipped: bool,
-    error_reason: str = "",
+    error_reason: str = "", billed: bool = False,
 ) -> Verdict:
     """How an end is settled. What was delivered is charged; what never reached a model is not.
 
     A client that leaves, or whose deadline passes, after the model was asked pays for the input. A model server that
-    fails before its first token costs the user nothing. `clipped`: credit, not the request, set the output bound.
+    fails before its first token costs the user nothing, unless its provider bills that and reported what (`billed`).
+    `clipped`: credit, not the request, set the output bound.
     """
     if end is End.COMPLETED:
         if finish_reason is FinishReason.LENGTH and clipped:
@@ -145,9 +171,11 @@ def judge(
         return Verdict(charged=True, finish_reason=reason)
     if end in _INTERRUPTED:
         finish, error = _INTERRUPTED[end]
-        return Verdict(charged=reached_model, finish_reason=finish, error_reason=error)
+        return Verdict(charged=reached_model or billed, finish_reason=finish, error_reason=error)
+    if end is End.SCHEMA_MISMATCH:
+        return Verdict(charged=True, finish_reason=finish_reason, error_reason="UPSTREAM_REJECTED")
     if not delivered:
-        return Verdict(charged=False, finish_reason=FinishReason.UPSTREAM_ERROR, error_reason=error_reason)
+        return Verdict(charged=billed, finish_reason=FinishReason.UPSTREAM_ERROR, error_reason=error_reason)
     finish = FinishReason.DEADLINE if end is End.MODEL_TIMEOUT else FinishReason.UPSTREAM_ERROR
     return Verdict(charged=True, finish_reason=finish, error_reason=error_reason)
 
@@ -163,16 +191,20 @@ def price(usage: Usage, quote: Quote | None, *, skip_charge: bool) -> Charge:
     return Charge(micros, ChargeStatus.CHARGED if micros else ChargeStatus.FREE, *rule)
 
 
-def settle(record: CallRecord, verdict: Verdict, usage: Usage, *, at: datetime) -> CallRecord:
-    """The record of a call that ended."""
+def settle(
+    record: CallRecord, verdict: Verdict, usage: Usage, *, at: datetime, **facts: Any
+) -> CallRecord:
+    """The record of a call that ended. `facts`: more fields of the record, in the one copy that is made."""
+    quote = facts.pop("quote", record.quote)
     if not verdict.charged:
         return replace(
             record, state=CallState.FAILED, finish_reason=verdict.finish_reason, error_reason=verdict.error_reason,
-            usage=Usage(source=UsageSource.ESTIMATED), charge=None, ended_at=at,
+            usage=Usage(source=UsageSource.ESTIMATED), charge=None, ended_at=at, quote=quote, **facts,
         )
     return replace(
         record, state=CallState.SETTLED, finish_reason=verdict.finish_reason, error_reason=verdict.error_reason,
-        usage=usage, charge=price(usage, record.quote, skip_charge=record.billing.skip_charge), ended_at=at,
+        usage=usage, charge=price(usage, quote, skip_charge=record.billing.skip_charge), ended_at=at, quote=quote,
+        **facts,
     )
 
 

@@ -95,6 +95,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     reasoning: str = ""
+    reasoning_signature: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ class Delta:
     text: str = ""
     reasoning: str = ""
     tool_call: ToolCallDelta | None = None
+    signature: str = ""
+    """A piece of what the model server signed its reasoning with."""
 
 
 @dataclass(slots=True)
@@ -159,12 +162,15 @@ class Answer:
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
     tool_calls: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict)
+    signatures: list[str] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         if delta.text:
             self.texts.append(delta.text)
         if delta.reasoning:
             self.reasonings.append(delta.reasoning)
+        if delta.signature:
+            self.signatures.append(delta.signature)
         if delta.tool_call is not None:
             piece = delta.tool_call
             known_id, known_name, arguments = self.tool_calls.get(piece.index, ("", "", []))
@@ -183,5 +189,5 @@ class Answer:
             tool_calls=tuple(
                 ToolCall(id_, name, "".join(arguments)) for _, (id_, name, arguments) in sorted(self.tool_calls.items())
             ),
-            reasoning="".join(self.reasonings),
+            reasoning="".join(self.reasonings), reasoning_signature="".join(self.signatures),
         )

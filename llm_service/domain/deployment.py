@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
+from typing import Any
 
 from llm_service.domain.errors import ModelNotFound, ModelNotReady
+from llm_service.domain.quirks import STANDARD, Quirks
+from llm_service.domain.rate_limit import NO_LIMITS, Limits
 
 DEFAULT_ALIAS = "pro"
+DEFAULT_EMBEDDING_ALIAS = "embedding"
+DEFAULT_MAX_RETRIES = 2
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
 
 
@@ -18,6 +23,8 @@ class Provider(IntEnum):
 
     LOCAL = 1
     OPENAI_CHAT = 2
+    OPENAI_RESPONSES = 3
+    ANTHROPIC = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,35 @@ class Timeouts:
     first_token: float = 60.0
     idle: float = 30.0
     total: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model can do; None = what its provider usually can."""
+
+    tools: bool | None = None
+    json_schema: bool | None = None
+    json_object: bool | None = None
+    images: bool | None = None
+    audio: bool | None = None
+    files: bool | None = None
+    embeddings: bool | None = None
+
+    def can(self, what: str, provider: Provider) -> bool:
+        own: bool | None = getattr(self, what)
+        return what in USUAL[provider] if own is None else own
+
+
+USUAL: dict[Provider, frozenset[str]] = {
+    Provider.LOCAL: frozenset({"tools", "json_schema", "json_object", "images", "audio", "files", "embeddings"}),
+    Provider.OPENAI_CHAT: frozenset(
+        {"tools", "json_schema", "json_object", "images", "audio", "files", "embeddings"}
+    ),
+    Provider.OPENAI_RESPONSES: frozenset({"tools", "json_schema", "json_object", "images", "files"}),
+    # Messages has no response format: the model is instructed, and we check.
+    Provider.ANTHROPIC: frozenset({"tools", "images", "files"}),
+}
+"""What a provider's protocol has a place for, and its servers usually do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +86,18 @@ class Deployment:
     price_provider: str = ""
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    limits: Limits = NO_LIMITS
+    capabilities: Capabilities = Capabilities()
+    default_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    quirks: Quirks = STANDARD
+    hedge_after: float | None = None
+    max_retries: int = DEFAULT_MAX_RETRIES
+    bills_failed_attempts: bool = False
+    tokenizer: str = ""
+
+    def can(self, what: str) -> bool:
+        """Whether it can do what a field of Capabilities names."""
+        return self.capabilities.can(what, self.provider)
 
     @property
     def provider_for_price(self) -> str:
@@ -73,21 +121,28 @@ class Directory:
         if not self._by_alias:
             self._by_alias[BUILT_IN.alias] = [BUILT_IN]
 
-    def resolve(self, alias: str, *, choose: Callable[[Sequence[Deployment]], Deployment]) -> Deployment:
-        """The deployment for one call: lowest priority first, `choose` among those of one priority.
-
-        Raises ModelNotFound, ModelNotReady.
-        """
+    def tiers(
+        self, alias: str, *, draw: Callable[[], float], needed: frozenset[str] = frozenset()
+    ) -> list[list[Deployment]]:
+        """The active deployments of an alias that can do what is `needed`: by priority, within one in an order drawn by
+        weight; `draw()` is 0..1. Raises ModelNotFound, ModelNotReady."""
         known = self._by_alias.get(alias)
         if known is None:
             raise ModelNotFound(f"there is no model alias {alias!r}", model=alias)
+        if len(known) == 1 and known[0].active and not needed:
+            return [[known[0]]]
         active = [deployment for deployment in known if deployment.active]
         if not active:
             raise ModelNotReady(f"no model of alias {alias!r} is active", model=alias)
-        if len(active) == 1:
-            return active[0]
-        first = min(deployment.priority for deployment in active)
-        return choose([deployment for deployment in active if deployment.priority == first])
+        able = [each for each in active if all(each.can(what) for what in needed)]
+        if not able:
+            missing = ", ".join(sorted(needed))
+            raise ModelNotReady(f"no active model of alias {alias!r} can take {missing}", model=alias, needed=missing)
+        priorities = sorted({each.priority for each in able})
+        return [_drawn([each for each in able if each.priority == priority], draw) for priority in priorities]
+
+    def all(self) -> list[Deployment]:
+        return [deployment for known in self._by_alias.values() for deployment in known]
 
 
 def masked_key(key: str) -> str:
@@ -97,3 +152,11 @@ def masked_key(key: str) -> str:
     if len(key) < 16:
         return "..."
     return f"{key[:3]}...{key[-4:]}"
+
+
+def _drawn(deployments: Sequence[Deployment], draw: Callable[[], float]) -> list[Deployment]:
+    """In an order drawn by weight: Efraimidis and Spirakis' keys, draw^(1/weight), highest first."""
+    if len(deployments) == 1:
+        return list(deployments)
+    keyed = [(draw() ** (1.0 / max(1, each.weight)), index) for index, each in enumerate(deployments)]
+    return [deployments[index] for _, index in sorted(keyed, reverse=True)]

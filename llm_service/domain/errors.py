@@ -53,6 +53,12 @@ class BudgetExceeded(DomainError):
     reason = "BUDGET_EXCEEDED"
 
 
+class RateLimited(DomainError):
+    """A limit of the user or of every model of the alias is reached."""
+
+    reason = "RATE_LIMITED"
+
+
 class UpstreamRejected(DomainError):
     """The model server refused the request."""
 

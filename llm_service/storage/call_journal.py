@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import orjson
@@ -13,10 +14,12 @@ import psycopg
 from psycopg.rows import dict_row
 
 from llm_service.domain.call import CallRecord, CallState, unknown_outcome
-from llm_service.domain.chat import Message
+from llm_service.domain.errors import SecretKeyMissing
 from llm_service.storage import tables
 from llm_service.storage.call_rows import attempt_from_row, attempt_to_row, call_from_row, call_to_row
+from llm_service.storage.sealed_keys import KeySealer
 from llm_service.usecases.ports import ExpiredHold, Heartbeat, Settlement, StoredAnswer
+from metering.usage import UsageSource
 from servicekit.batching import MicroBatcher
 from servicekit.core.backoff import Backoff
 from servicekit.core.errors import DependencyUnavailable
@@ -60,7 +63,7 @@ SETTLE = f"""
 WITH data AS MATERIALIZED (
     SELECT * FROM json_to_recordset(%(calls)s::json) AS d (
         {_record_columns(tables.call, CALL_COLUMNS)}, ordinal integer, lane smallint, topic text, event_type text,
-        payload text, answer text
+        payload text, answer text, traceparent text
     )
 ), settled AS (
     INSERT INTO call AS c ({_CALLS}) SELECT {_CALLS} FROM data
@@ -79,11 +82,31 @@ WITH data AS MATERIALIZED (
     SELECT user_id, call_id, decode(answer, 'hex') FROM data JOIN settled USING (user_id, call_id)
     WHERE answer IS NOT NULL
 ), sent AS (
-    INSERT INTO outbox_message ({INSERT_COLUMNS})
-    SELECT lane, user_id, call_id::text, event_type, topic, decode(payload, 'hex')
+    INSERT INTO outbox_message ({INSERT_COLUMNS}, traceparent)
+    SELECT lane, user_id, call_id::text, event_type, topic, decode(payload, 'hex'), coalesce(traceparent, '')
     FROM data JOIN settled USING (user_id, call_id) WHERE payload IS NOT NULL ORDER BY ordinal
 )
 SELECT call_id FROM settled
+"""
+# The late truth about a call that a sweeper had to settle by its last checkpoint: its record, and the event that books
+# the difference, once.
+CORRECT = f"""
+WITH data AS MATERIALIZED (
+    SELECT * FROM json_to_recordset(%(calls)s::json) AS d (
+        {_record_columns(tables.call, CALL_COLUMNS)}, lane smallint, topic text, event_type text, payload text,
+        event_id text, traceparent text
+    )
+), corrected AS (
+    UPDATE call AS c SET {', '.join(f'{name} = data.{name}' for name in _END_COLUMNS if name != 'swept')}
+    FROM data WHERE c.user_id = data.user_id AND c.call_id = data.call_id
+        AND c.state = {CallState.SETTLED:d} AND c.swept AND c.usage_source = {UsageSource.ESTIMATED:d}
+    RETURNING c.user_id, c.call_id
+), sent AS (
+    INSERT INTO outbox_message ({INSERT_COLUMNS}, traceparent)
+    SELECT lane, user_id, event_id, event_type, topic, decode(payload, 'hex'), coalesce(traceparent, '')
+    FROM data JOIN corrected USING (user_id, call_id)
+)
+SELECT call_id FROM corrected
 """
 BEAT = f"""
 INSERT INTO call AS c ({_CALLS}, lease_until)
@@ -137,18 +160,26 @@ ON CONFLICT (name) DO UPDATE SET moved_to = greatest(sweep_cursor.moved_to, excl
 PRUNE_ANSWERS = "DELETE FROM call_answer WHERE stored_at < %s"
 
 
+class EventMaker(Protocol):
+    """Makes the charge event of a settled call: its id, type, topic and bytes."""
+
+    def __call__(self, record: CallRecord, *, corrects: bool = False) -> tuple[str, str, str, bytes]: ...
+
+
 class PostgresCallJournal:
-    """Implements CallJournal. `event_of` makes a settled call's (event type, topic, payload); `wake_relay` is told of
-    every commit that added one; a running call whose heartbeat is older than `lease` is taken for dead."""
+    """Implements CallJournal. `event_of` makes a settled call's charge event, or its correction; `wake_relay` is told
+    of every commit that added one; a running call whose heartbeat is older than `lease` is taken for dead. Answers are
+    kept sealed."""
 
     def __init__(
-        self, writing: Database, reading: Database, *, event_of: Callable[[CallRecord], tuple[str, str, bytes]],
-        answer_to_bytes: Callable[[Message], bytes], answer_from_bytes: Callable[[bytes], Message],
+        self, writing: Database, reading: Database, *, event_of: EventMaker, sealer: KeySealer,
+        answer_to_bytes: Callable[[StoredAnswer], bytes], answer_from_bytes: Callable[[bytes], StoredAnswer],
         wake_relay: Callable[[], None], lease: timedelta,
     ) -> None:
         self._writing = writing
         self._reading = reading
         self._event_of = event_of
+        self._sealer = sealer
         self._answer_to_bytes = answer_to_bytes
         self._answer_from_bytes = answer_from_bytes
         self._wake_relay = wake_relay
@@ -177,9 +208,31 @@ class PostgresCallJournal:
             record = each.record
             if record.call_id not in settled:
                 # Somebody settled it before: a sweeper, or this very statement whose answer was lost.
-                record = await self.find(record.call_id, record.billing.user_id) or record
+                record = await self._settled_before(each)
             results.append(record)
         return results
+
+    async def _settled_before(self, settlement: Settlement) -> CallRecord:
+        """What is recorded; when that is only a sweeper's estimate, the difference to the truth is booked."""
+        record = settlement.record
+        known = await self.find(record.call_id, record.billing.user_id)
+        is_estimate = (
+            known is not None and known.swept and known.state is CallState.SETTLED
+            and known.usage.source is UsageSource.ESTIMATED
+        )
+        if known is None or not is_estimate or record.state is not CallState.SETTLED or known.usage == record.usage:
+            return known or record
+        truth = replace(record, usage=replace(record.usage, source=UsageSource.CORRECTED), swept=True)
+        event_id, event_type, topic, payload = self._event_of(truth, corrects=True)
+        row = call_to_row(truth) | {
+            "lane": lane_of(record.billing.user_id), "topic": topic, "event_type": event_type, "event_id": event_id,
+            "payload": payload.hex(), "traceparent": settlement.traceparent,
+        }
+        async with self._writing.raw_connection() as connection:
+            await connection.execute(CORRECT, {"calls": orjson.dumps([row]).decode()})
+        self._wake_relay()
+        log.warning("settlement_corrected", call_id=str(record.call_id))
+        return truth
 
     async def _run_until_it_works(self, arguments: Mapping[str, str]) -> set[UUID]:
         backoff = Backoff(first_seconds=0.05, most_seconds=2.0)
@@ -203,12 +256,14 @@ class PostgresCallJournal:
         row = call_to_row(record)
         row["ordinal"] = ordinal
         if record.state is CallState.SETTLED:
-            event_type, topic, payload = self._event_of(record)
+            _, event_type, topic, payload = self._event_of(record)
             row.update(
-                lane=lane_of(record.billing.user_id), topic=topic, event_type=event_type, payload=payload.hex()
+                lane=lane_of(record.billing.user_id), topic=topic, event_type=event_type, payload=payload.hex(),
+                traceparent=settlement.traceparent,
             )
         if settlement.answer is not None:
-            row["answer"] = self._answer_to_bytes(settlement.answer).hex()
+            data = self._answer_to_bytes(settlement.answer)
+            row["answer"] = self._sealer.seal_bytes(data, bound_to=str(record.call_id)).hex()
         return row
 
     async def beat(self, running: Sequence[Heartbeat]) -> set[UUID]:
@@ -238,7 +293,13 @@ class PostgresCallJournal:
     async def answer_of(self, user_id: str, call_id: UUID) -> StoredAnswer | None:
         async with self._reading.connection() as connection:
             row = await (await connection.execute(ANSWER, (user_id, call_id))).fetchone()
-            return StoredAnswer(self._answer_from_bytes(row[0])) if row else None
+        if row is None:
+            return None
+        try:
+            return self._answer_from_bytes(self._sealer.open_bytes(row[0], bound_to=str(call_id)))
+        except SecretKeyMissing:
+            log.warning("answer_not_opened", call_id=str(call_id))
+            return None
 
     async def ask_to_cancel(self, user_id: str, call_id: UUID) -> None:
         async with self._reading.connection() as connection:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
-from llm_service.domain.call import Attempt, Billing, CallRecord, CallState, Charge, ChargeStatus
+from llm_service.domain.call import (
+    Attempt,
+    AttemptKind,
+    Billing,
+    CallRecord,
+    CallState,
+    Charge,
+    ChargeStatus,
+    Operation,
+)
 from llm_service.domain.chat import FinishReason
 from metering.charge import Quote, Rates
 from metering.usage import Usage, UsageSource
@@ -31,6 +40,7 @@ def call_to_row(record: CallRecord) -> dict[str, Any]:
         "credit_micros": charge.credit_micros if charge else None,
         "charge_status": int(charge.status) if charge else None, "swept": record.swept,
         "created_at": record.created_at, "first_token_at": record.first_token_at, "ended_at": record.ended_at,
+        "operation": int(record.operation),
     }
 
 
@@ -60,16 +70,22 @@ def call_from_row(row: Mapping[str, Any], attempts: tuple[Attempt, ...] = ()) ->
         ),
         created_at=row["created_at"], finish_reason=FinishReason(row["finish_reason"]),
         error_reason=row["error_reason"], charge=charge, attempts=attempts, first_token_at=row["first_token_at"],
-        ended_at=row["ended_at"], swept=row["swept"],
+        ended_at=row["ended_at"], swept=row["swept"], operation=Operation(row["operation"]),
     )
 
 
 def attempt_to_row(record: CallRecord, attempt: Attempt) -> dict[str, Any]:
+    usage = attempt.usage
     return {
         "user_id": record.billing.user_id, "call_id": str(record.call_id), "number": attempt.number,
         "model_id": attempt.model_id, "provider": attempt.provider, "upstream_model": attempt.upstream_model,
         "error_reason": attempt.error_reason, "http_status": attempt.http_status, "started_at": attempt.started_at,
-        "first_token_at": attempt.first_token_at, "ended_at": attempt.ended_at,
+        "first_token_at": attempt.first_token_at, "ended_at": attempt.ended_at, "kind": int(attempt.kind),
+        "usage": None if usage is None else [
+            usage.input_tokens, usage.cached_input_tokens, usage.cache_write_tokens, usage.output_tokens,
+            usage.reasoning_tokens, usage.input_audio_tokens, usage.output_audio_tokens, int(usage.source),
+        ],
+        "charged": attempt.charged, "upstream_finish_reason": attempt.upstream_finish_reason,
     }
 
 
@@ -78,6 +94,12 @@ def attempt_from_row(row: Mapping[str, Any]) -> Attempt:
         number=row["number"], model_id=row["model_id"], provider=row["provider"],
         upstream_model=row["upstream_model"], started_at=row["started_at"], first_token_at=row["first_token_at"],
         ended_at=row["ended_at"], error_reason=row["error_reason"], http_status=row["http_status"],
+        kind=AttemptKind(row["kind"]),
+        usage=_usage_from_row(row["usage"]) if row["usage"] else None,
+        charged=row["charged"], upstream_finish_reason=row["upstream_finish_reason"],
     )
 
 
+def _usage_from_row(numbers: Sequence[int]) -> Usage:
+    plain, cached, written, output, reasoning, audio_in, audio_out, source = numbers
+    return Usage(plain, cached, written, output, reasoning, audio_in, audio_out, UsageSource(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from psycopg import errors
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from llm_service.domain.deployment import Deployment, Directory, Provider, Timeouts
+from llm_service.domain.deployment import Capabilities, Deployment, Directory, Provider, Timeouts
 from llm_service.domain.errors import SecretKeyMissing
+from llm_service.domain.quirks import Quirks
+from llm_service.domain.rate_limit import Limits
 from llm_service.storage import tables
 from llm_service.storage.sealed_keys import KeySealer
 from servicekit.core.errors import DomainError
@@ -44,6 +46,8 @@ WHERE (%(alias)s = '' OR alias = %(alias)s)
         OR (alias, priority, model_id) > (%(after_alias)s, %(after_priority)s, %(after_id)s))
 ORDER BY alias, priority, model_id LIMIT %(limit)s
 """
+SEALED = "SELECT model_id, sealed_key FROM model WHERE sealed_key IS NOT NULL ORDER BY model_id FOR UPDATE"
+RESEAL = "UPDATE model SET sealed_key = %s WHERE model_id = %s"
 REVISION = "SELECT revision FROM registry_revision"
 RAISE_REVISION = "UPDATE registry_revision SET revision = revision + 1"
 
@@ -100,6 +104,21 @@ class PostgresModelRegistry:
             await connection.execute(RAISE_REVISION)
             return deleted.rowcount == 1
 
+    async def reseal(self) -> int:
+        """Raises SecretKeyMissing, with nothing changed, when a key can not be opened."""
+        changed = 0
+        async with self._database.transaction() as connection:
+            for row in await _rows(connection, SEALED, ()):
+                if self._sealer.is_newest(row["sealed_key"]):
+                    continue
+                api_key = self._sealer.open(row["sealed_key"], model_id=row["model_id"])
+                sealed = self._sealer.seal(api_key, model_id=row["model_id"])
+                await connection.execute(RESEAL, (sealed, row["model_id"]))
+                changed += 1
+            if changed:
+                await connection.execute(RAISE_REVISION)
+        return changed
+
     async def read_all(self) -> tuple[int, list[Deployment]]:
         """The revision, and the models as of it; a model whose key can not be opened is out of service, loudly."""
         async with self._database.transaction(read_only_snapshot=True) as connection:
@@ -126,7 +145,12 @@ class PostgresModelRegistry:
             "context_window": deployment.context_window, "max_output_tokens": deployment.max_output_tokens,
             "timeouts": Jsonb(asdict(deployment.timeouts)), "extra_headers": Jsonb(list(deployment.extra_headers)),
             "price_provider": deployment.price_provider, "created_at": deployment.created_at,
-            "updated_at": deployment.updated_at,
+            "updated_at": deployment.updated_at, "limits": Jsonb(asdict(deployment.limits)),
+            "capabilities": Jsonb(_given(asdict(deployment.capabilities))),
+            "default_params": Jsonb(dict(deployment.default_params)),
+            "quirks": Jsonb(_given(asdict(deployment.quirks))), "hedge_after": deployment.hedge_after,
+            "max_retries": deployment.max_retries, "bills_failed_attempts": deployment.bills_failed_attempts,
+            "tokenizer": deployment.tokenizer,
         }
 
     def _from_row(self, row: Mapping[str, Any]) -> Deployment:
@@ -137,6 +161,11 @@ class PostgresModelRegistry:
             max_output_tokens=row["max_output_tokens"], timeouts=Timeouts(**row["timeouts"]),
             extra_headers=tuple((name, value) for name, value in row["extra_headers"]),
             price_provider=row["price_provider"], created_at=row["created_at"], updated_at=row["updated_at"],
+            limits=Limits(**row["limits"]), capabilities=Capabilities(**row["capabilities"]),
+            default_params=row["default_params"],
+            quirks=Quirks(**{**row["quirks"], "drop_params": tuple(row["quirks"].get("drop_params", ()))}),
+            hedge_after=row["hedge_after"], max_retries=row["max_retries"],
+            bills_failed_attempts=row["bills_failed_attempts"], tokenizer=row["tokenizer"],
         )
         try:
             return replace(deployment, api_key=self._sealer.open(row["sealed_key"], model_id=row["model_id"]))
@@ -146,13 +175,26 @@ class PostgresModelRegistry:
 
 
 class FollowedDirectory:
-    """The directory, read again within a second of any change by any replica."""
+    """The directory, read again within a second of any change by any replica; `also` is read with it."""
 
-    def __init__(self, database: Database, registry: PostgresModelRegistry) -> None:
+    def __init__(
+        self, database: Database, registry: PostgresModelRegistry, *, also: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._database = database
         self._registry = registry
+        self._also = also
         self._directory = Directory()
         self._revision = -1
+        self._changed = asyncio.Event()
+
+    @property
+    def revision(self) -> int:
+        return self._revision
+
+    async def changed(self, revision: int) -> None:
+        while self._revision <= revision:
+            event = self._changed
+            await event.wait()
 
     @property
     def directory(self) -> Directory:
@@ -163,7 +205,11 @@ class FollowedDirectory:
             if await self._registry.revision(connection) == self._revision:
                 return
         self._revision, deployments = await self._registry.read_all()
+        if self._also is not None:
+            await self._also()
         self._directory = Directory(deployments)
+        self._changed.set()
+        self._changed = asyncio.Event()
         log.info("models_loaded", models=len(deployments), revision=self._revision)
 
     async def follow(self) -> None:
@@ -174,6 +220,11 @@ class FollowedDirectory:
                 await self.refresh()
             except DomainError:
                 log.warning("models_not_refreshed")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is not set."""
+    return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
 async def _rows(connection: Connection, statement: str, arguments: Any) -> list[dict[str, Any]]:

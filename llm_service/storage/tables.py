@@ -7,6 +7,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Double,
     Index,
     Integer,
     LargeBinary,
@@ -61,6 +62,7 @@ call = Table(
     Column("ended_at", TIME),
     Column("lease_until", TIME),
     Column("cancel_asked", Boolean, nullable=False, server_default=text("false")),
+    Column("operation", SmallInteger, nullable=False, server_default=text("1")),
 )
 Index("call_by_time", call.c.user_id, call.c.created_at, call.c.call_id)
 Index("call_by_request", call.c.user_id, call.c.request_id)
@@ -78,6 +80,10 @@ attempt = Table(
     Column("started_at", TIME, nullable=False),
     Column("first_token_at", TIME),
     Column("ended_at", TIME),
+    Column("kind", SmallInteger, nullable=False, server_default=text("1")),
+    Column("usage", JSONB),
+    Column("charged", Boolean, nullable=False, server_default=text("false")),
+    Column("upstream_finish_reason", Text, nullable=False, server_default=""),
 )
 
 call_answer = Table(
@@ -107,9 +113,25 @@ model = Table(
     Column("created_at", TIME, nullable=False),
     Column("updated_at", TIME, nullable=False),
     Column("idempotency_key", Text),
+    *(
+        Column(name, JSONB, nullable=False, server_default=text("'{}'"))
+        for name in ("limits", "capabilities", "default_params", "quirks")
+    ),
+    Column("hedge_after", Double),
+    Column("max_retries", SmallInteger, nullable=False, server_default=text("2")),
+    Column("bills_failed_attempts", Boolean, nullable=False, server_default=text("false")),
+    Column("tokenizer", Text, nullable=False, server_default=""),
 )
 Index("model_by_alias", model.c.alias, model.c.priority, model.c.model_id)
 Index("model_key", model.c.idempotency_key, unique=True)
+
+user_policy = Table(
+    "user_policy", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("limits", JSONB),
+    Column("keep_no_answers", Boolean, nullable=False),
+    Column("updated_at", TIME, nullable=False),
+)
 
 sweep_cursor = Table(
     "sweep_cursor", METADATA,

@@ -14,6 +14,8 @@ from creditmesh.llm.v1 import (
     llm_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
+    user_policy_service_pb2,
+    user_policy_service_pb2_grpc,
 )
 
 from llm_service.domain.call import CallState
@@ -21,21 +23,32 @@ from llm_service.domain.chat import Delta, Prompt
 from llm_service.usecases import read_calls
 from llm_service.usecases.call_events import CallRequest, Started
 from llm_service.usecases.manage_models import ModelAdministration
-from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter
+from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter, UserPolicy, UserPolicyStore
 from llm_service.usecases.run_call import CallRunner
 from llm_service.usecases.running_calls import RunningCalls
 from llm_service.wire.calls import (
     call_request_from_proto,
     call_to_proto,
+    embed_request_from_proto,
+    embedded_to_proto,
     finished_to_proto,
     generated_to_proto,
     started_to_proto,
 )
 from llm_service.wire.chat import AnyCallRequest, delta_to_proto, messages_from_proto
-from llm_service.wire.models import deployment_from_proto, deployment_to_proto, update_from_proto
+from llm_service.wire.models import (
+    deployment_from_proto,
+    deployment_to_proto,
+    model_change_to_proto,
+    tested_to_proto,
+    update_from_proto,
+)
+from llm_service.wire.user_policies import policy_from_proto, policy_to_proto
+from servicekit.core.clock import Clock
 from servicekit.core.errors import InvalidField
 from servicekit.core.ids import IdSource
-from servicekit.rpc.call_info import current_call
+from servicekit.core.page_token import decode_page_token, encode_page_token
+from servicekit.rpc.call_info import CallInfo, current_call
 from servicekit.rpc.server import Service
 from servicekit.rpc.validation import RequestValidator
 
@@ -79,11 +92,18 @@ class LLMServicer(llm_service_pb2_grpc.LLMServiceServicer):
                 else:
                     yield finished_to_proto(event)
 
+    async def Embed(self, request: llm_service_pb2.EmbedRequest, context: Context) -> llm_service_pb2.EmbedResponse:
+        call = _admitted(request)
+        asked = embed_request_from_proto(
+            request, deadline_seconds=call.deadline, traceparent=call.traceparent, ids=self._calls.ids
+        )
+        return embedded_to_proto(await self._calls.runner.generate(asked))
+
     def _call_request(self, request: AnyCallRequest) -> CallRequest:
-        call = current_call()
-        if request.billing.skip_charge:
-            call.principal.require("billing.skip")
-        return call_request_from_proto(request, deadline_seconds=call.deadline, ids=self._calls.ids)
+        call = _admitted(request)
+        return call_request_from_proto(
+            request, deadline_seconds=call.deadline, traceparent=call.traceparent, ids=self._calls.ids
+        )
 
     async def GetCall(
         self, request: llm_service_pb2.GetCallRequest, context: Context
@@ -120,7 +140,7 @@ class LLMServicer(llm_service_pb2_grpc.LLMServiceServicer):
         prompt = Prompt(messages_from_proto(request.messages))
         count = await read_calls.count_tokens(self._calls.models, self._calls.tokens, request.model, prompt)
         return llm_service_pb2.CountTokensResponse(
-            input_tokens=count.input_tokens, upper_bound_tokens=count.upper_bound_tokens
+            input_tokens=count.input_tokens, upper_bound_tokens=count.upper_bound_tokens, tokenizer=count.tokenizer
         )
 
 
@@ -180,6 +200,64 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         changed = await self._models.change(request.model_id, lambda model: replace(model, active=False))
         return model_service_pb2.DeactivateModelResponse(model=deployment_to_proto(changed))
 
+    async def TestModel(
+        self, request: model_service_pb2.TestModelRequest, context: Context
+    ) -> model_service_pb2.TestModelResponse:
+        return tested_to_proto(await self._models.test(request.model_id))
+
+    async def WatchModels(
+        self, request: model_service_pb2.WatchModelsRequest, context: Context
+    ) -> AsyncIterator[model_service_pb2.WatchModelsResponse]:
+        async with aclosing(self._models.watch(request.alias)) as changes:  # type: ignore[type-var]  # it is a generator
+            async for change in changes:
+                yield model_change_to_proto(change)
+
+
+class UserPolicyServicer(user_policy_service_pb2_grpc.UserPolicyServiceServicer):
+    """creditmesh.llm.v1.UserPolicyService."""
+
+    def __init__(self, policies: UserPolicyStore, clock: Clock) -> None:
+        self._policies = policies
+        self._clock = clock
+
+    async def SetUserPolicy(
+        self, request: user_policy_service_pb2.SetUserPolicyRequest, context: Context
+    ) -> user_policy_service_pb2.SetUserPolicyResponse:
+        policy = policy_from_proto(request.policy, now=self._clock.now())
+        await self._policies.set_policy(policy)
+        return user_policy_service_pb2.SetUserPolicyResponse(policy=policy_to_proto(policy))
+
+    async def GetUserPolicy(
+        self, request: user_policy_service_pb2.GetUserPolicyRequest, context: Context
+    ) -> user_policy_service_pb2.GetUserPolicyResponse:
+        policy = await self._policies.get_policy(request.user_id) or UserPolicy(request.user_id)
+        return user_policy_service_pb2.GetUserPolicyResponse(policy=policy_to_proto(policy))
+
+    async def ListUserPolicies(
+        self, request: user_policy_service_pb2.ListUserPoliciesRequest, context: Context
+    ) -> user_policy_service_pb2.ListUserPoliciesResponse:
+        question = ("user-policies",)
+        key = decode_page_token(request.page_token, question=question, types=(str,))
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        found = await self._policies.list_policies(after=str(key[0]) if key else "", limit=size + 1)
+        token = encode_page_token([found[size - 1].user_id], question=question) if len(found) > size else ""
+        return user_policy_service_pb2.ListUserPoliciesResponse(
+            policies=[policy_to_proto(each) for each in found[:size]], next_page_token=token
+        )
+
+    async def DeleteUserPolicy(
+        self, request: user_policy_service_pb2.DeleteUserPolicyRequest, context: Context
+    ) -> user_policy_service_pb2.DeleteUserPolicyResponse:
+        await self._policies.delete_policy(request.user_id)
+        return user_policy_service_pb2.DeleteUserPolicyResponse()
+
+
+def _admitted(request: AnyCallRequest | llm_service_pb2.EmbedRequest) -> CallInfo:
+    call = current_call()
+    if request.billing.skip_charge:
+        call.principal.require("billing.skip")
+    return call
+
 
 def _uuid_of(model_id: str) -> str:
     try:
@@ -188,12 +266,16 @@ def _uuid_of(model_id: str) -> str:
         raise InvalidField.of("model.model_id", "must be a UUID") from None
 
 
-def services(calls: Calls, models: ModelAdministration, validator: RequestValidator) -> list[Service]:
+def services(
+    calls: Calls, models: ModelAdministration, policies: UserPolicyStore, validator: RequestValidator, clock: Clock
+) -> list[Service]:
     """What this server serves, with the scope of each RPC."""
     return [
         Service(
             f"{PACKAGE}.LLMService",
-            dict.fromkeys(("Generate", "Stream", "GetCall", "ListCalls", "CancelCall", "CountTokens"), "llm.call"),
+            dict.fromkeys(
+                ("Generate", "Stream", "Embed", "GetCall", "ListCalls", "CancelCall", "CountTokens"), "llm.call"
+            ),
             lambda server: llm_service_pb2_grpc.add_LLMServiceServicer_to_server(LLMServicer(calls), server),
         ),
         Service(
@@ -201,12 +283,19 @@ def services(calls: Calls, models: ModelAdministration, validator: RequestValida
             dict.fromkeys(
                 (
                     "RegisterModel", "GetModel", "ListModels", "UpdateModel", "DeleteModel", "ActivateModel",
-                    "DeactivateModel",
+                    "DeactivateModel", "TestModel", "WatchModels",
                 ),
                 "models.admin",
             ),
             lambda server: model_service_pb2_grpc.add_ModelServiceServicer_to_server(
                 ModelServicer(models, validator), server
+            ),
+        ),
+        Service(
+            f"{PACKAGE}.UserPolicyService",
+            dict.fromkeys(("SetUserPolicy", "GetUserPolicy", "ListUserPolicies", "DeleteUserPolicy"), "models.admin"),
+            lambda server: user_policy_service_pb2_grpc.add_UserPolicyServiceServicer_to_server(
+                UserPolicyServicer(policies, clock), server
             ),
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llm_service.domain.call import CallRecord
 from llm_service.domain.errors import (
     BudgetExceeded,
     ContextTooLong,
@@ -40,12 +41,16 @@ def refusal(asked: HoldAsked, refused: HoldRefused) -> DomainError:
     return IdempotencyConflict("the request_id was used before with other content", facts=existing)
 
 
-def upstream_error(failure: UpstreamFailure | None, facts: Mapping[str, str | int]) -> DomainError:
+def upstream_error(
+    failure: UpstreamFailure | None, facts: Mapping[str, str | int], record: CallRecord
+) -> DomainError:
+    charged = record.charge.credit_micros if record.charge else 0
+    cost = f"{charged} micro-credits were charged for attempts that are billed" if charged else "nothing was charged"
     if failure is None or failure.reason == "UPSTREAM_UNAVAILABLE":
         retry_after = failure.retry_after_seconds if failure and failure.retry_after_seconds else 1.0
         return UpstreamUnavailable(
-            "the model server did not answer; nothing was charged", retry_after_seconds=retry_after, facts=facts
+            f"no model server answered; {cost}", retry_after_seconds=retry_after, facts=facts
         )
     if failure.reason == "CONTEXT_TOO_LONG":
-        return ContextTooLong("the prompt does not fit the model's context window; nothing was charged", facts=facts)
-    return UpstreamRejected("the model server refused the request; nothing was charged", facts=facts)
+        return ContextTooLong(f"the prompt does not fit the model's context window; {cost}", facts=facts)
+    return UpstreamRejected(f"the model server refused the request; {cost}", facts=facts)

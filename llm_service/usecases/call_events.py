@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llm_service.domain.call import Billing, CallRecord
 from llm_service.domain.chat import Delta, Message, Prompt, TextPart, ToolCallDelta
+from llm_service.usecases.ports import StoredAnswer, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,11 @@ class CallRequest:
     max_output_tokens: int | None
     min_output_tokens: int
     deadline_seconds: float | None
+    store: bool = True
+    inputs: tuple[str, ...] = ()
+    """Texts to embed; the prompt is empty then."""
+    dimensions: int | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class Timing:
     hold: float
     first_token: float | None
     total: float
+    queue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +47,12 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The call's end, durable."""
+    """The call's end, durable. `fallback`: another model than the first choice answered."""
 
     record: CallRecord
     timing: Timing
+    fallback: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,10 @@ class Generated:
     record: CallRecord
     message: Message
     replayed: bool = False
+    vectors: Vectors = ()
+    timing: Timing | None = None
+    fallback: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +73,15 @@ class Replay:
     """An earlier call of the same request, and its answer."""
 
     record: CallRecord
-    message: Message
+    answer: StoredAnswer
 
 
 def deltas_of(message: Message) -> list[Delta]:
     """A whole message as deltas, as a stream would have brought it."""
     text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
     deltas = [Delta(text=text, reasoning=message.reasoning)] if text or message.reasoning else []
+    if message.reasoning_signature:
+        deltas.append(Delta(signature=message.reasoning_signature))
     deltas += [
         Delta(tool_call=ToolCallDelta(index, call.id, call.name, call.arguments))
         for index, call in enumerate(message.tool_calls)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
 
-from llm_service.usecases.ports import CallJournal, CreditLedger, Heartbeat
+from llm_service.usecases.ports import CallJournal, CreditLedger, Heartbeat, Limiter
 from llm_service.usecases.running_calls import RunningCalls
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DomainError
@@ -19,13 +20,16 @@ YOUNGEST_SECONDS = 0.25
 
 
 async def beat_once(
-    running: RunningCalls, journal: CallJournal, ledger: CreditLedger, *, clock: Clock, hold_ttl: timedelta
+    running: RunningCalls, journal: CallJournal, ledger: CreditLedger, limiter: Limiter, *, clock: Clock,
+    hold_ttl: timedelta,
 ) -> None:
     """Raises DependencyUnavailable; the next beat tries again."""
     now = clock.monotonic()
     old = [call for call in running.all() if now - call.started_seconds >= YOUNGEST_SECONDS and not call.is_ended]
     if not old:
         return
+    if places := [place for call in old for place in call.places]:
+        await limiter.keep(places)
     for call_id in await journal.beat([Heartbeat(call.checkpoint()) for call in old]):
         if (call := running.get(call_id)) is not None:
             call.cancel()
@@ -38,12 +42,14 @@ async def beat_once(
 
 
 async def keep_calls_alive(
-    running: RunningCalls, journal: CallJournal, ledger: CreditLedger, *, clock: Clock, hold_ttl: timedelta
+    running: RunningCalls, journal: CallJournal, ledger: CreditLedger, limiter: Limiter, *, clock: Clock,
+    hold_ttl: timedelta, beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs until it is cancelled."""
+    """Runs until it is cancelled. `beat` is called with every beat, whatever becomes of it."""
     while True:
         await asyncio.sleep(BEAT_SECONDS)
+        beat()
         try:
-            await beat_once(running, journal, ledger, clock=clock, hold_ttl=hold_ttl)
+            await beat_once(running, journal, ledger, limiter, clock=clock, hold_ttl=hold_ttl)
         except DomainError as error:
             log.warning("heartbeat_failed", reason=str(error))

@@ -1,10 +1,10 @@
-"""Counting what a model says against the grant, and what prompts will cost."""
+"""Counting what a model says against what it may."""
 
 from __future__ import annotations
 
 from llm_service.domain.chat import Delta
 from llm_service.usecases.ports import TokenCounter
-from llm_service.usecases.running_calls import RunningCall
+from llm_service.usecases.running_calls import RunningAttempt
 
 UNCLIPPED_TOLERANCE = 1.25
 """A model server's tokenizer may count fewer tokens than ours for the same text; only a hold that credit had clipped is
@@ -12,29 +12,23 @@ held to our own count exactly. What we count ourselves is never charged above th
 UNCLIPPED_SLACK_TOKENS = 16
 
 
-def upper_bound_tokens(counted: int) -> int:
-    """What a hold is made for: other tokenizers than ours may need more tokens for the same prompt."""
-    return counted + counted // 10 + 8
-
-
 class OutputMeter:
-    """Holds a running call to the output tokens that it was granted."""
+    """Holds an attempt to the output tokens that it was granted."""
 
     def __init__(self, tokens: TokenCounter) -> None:
         self._tokens = tokens
 
-    def count(self, call: RunningCall, delta: Delta) -> tuple[Delta, bool]:
+    def count(self, attempt: RunningAttempt, delta: Delta, *, clipped: bool) -> tuple[Delta, bool]:
         """Counts a delta against the grant. Answers the delta as far as the grant reaches, and whether that was all."""
         tokens = self._count_delta(delta)
-        granted = call.record.max_output_tokens
-        limit = granted if call.clipped else int(granted * UNCLIPPED_TOLERANCE) + UNCLIPPED_SLACK_TOKENS
-        left = limit - call.counted_output_tokens
+        limit = attempt.bound if clipped else int(attempt.bound * UNCLIPPED_TOLERANCE) + UNCLIPPED_SLACK_TOKENS
+        left = limit - attempt.counted_output_tokens
         cut = tokens > left
         if cut and delta.text:
             delta = Delta(text=self._first_tokens(delta.text, max(left, 0)), reasoning=delta.reasoning)
             tokens = self._count_delta(delta)
-        call.counted_output_tokens += tokens
-        call.answer.add(delta)
+        attempt.counted_output_tokens += tokens
+        attempt.answer.add(delta)
         return delta, cut
 
     def _count_delta(self, delta: Delta) -> int:

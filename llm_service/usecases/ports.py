@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
 from llm_service.domain.call import Billing, CallRecord, CallState
-from llm_service.domain.chat import Delta, FinishReason, Message, Prompt
+from llm_service.domain.chat import Delta, FinishReason, Message, Prompt, Role
 from llm_service.domain.deployment import Deployment, Directory
+from llm_service.domain.rate_limit import Limits
+from llm_service.domain.routing import FailureKind
 from metering.charge import Quote
 from metering.usage import Usage
+
+Vectors = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +30,17 @@ class HoldAsked:
     input_tokens: int
     max_output_tokens: int
     min_output_tokens: int
+    other_providers: tuple[str, ...] = ()
+    """They may serve the call too; the hold reaches for the dearest."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoldGranted:
-    """Credit set aside for `max_output_tokens`; `quote` is None when no price rule matches."""
+    """Credit set aside for `max_output_tokens`; `quotes` are prices by provider, of those that a price rule matches."""
 
     held_micros: int
     max_output_tokens: int
-    quote: Quote | None
+    quotes: Mapping[str, Quote]
     expires_at: datetime
 
 
@@ -80,7 +86,7 @@ class ExpiredHold:
 class CreditLedger(Protocol):
     """TokenStore. Every method raises DependencyUnavailable."""
 
-    async def open_hold(self, asked: HoldAsked) -> HoldGranted | HoldRefused: ...
+    async def open_hold(self, asked: HoldAsked, *, traceparent: str = "") -> HoldGranted | HoldRefused: ...
 
     async def release_hold(self, user_id: str, call_id: UUID) -> None: ...
 
@@ -93,17 +99,19 @@ class CreditLedger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """What a finished call answered, kept for a while for repeats of the request."""
+    """What a finished call answered, kept for a while for repeats of the request: a message, or vectors."""
 
-    message: Message
+    message: Message = Message(Role.ASSISTANT)
+    vectors: Vectors = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """A call's end: the record, and the answer when it is to be kept."""
+    """A call's end: the record, and the answer when it is to be kept. `traceparent`: the trace that it belongs to."""
 
     record: CallRecord
-    answer: Message | None = None
+    answer: StoredAnswer | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +169,13 @@ class UpstreamFailure(Exception):
     """A model server did not do what it was asked; the text is for logs and holds no content."""
 
     def __init__(
-        self, reason: str, detail: str, *, http_status: int = 0, retry_after_seconds: float | None = None
+        self, reason: str, detail: str, *, kind: FailureKind = FailureKind.UNAVAILABLE, http_status: int = 0,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+        self.kind = kind
         self.http_status = http_status
         self.retry_after_seconds = retry_after_seconds
 
@@ -178,45 +188,137 @@ class UpstreamChunk:
     pieces: int = 0
     """How many events carried content: at least one token each."""
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+    upstream_finish_reason: str = ""
+    is_unknown_finish: bool = False
+    usages: list[Usage] = field(default_factory=list)
     upstream_model: str = ""
+    vectors: Vectors = ()
+    malformed: int = 0
+    """Events that could not be read and were left out."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The newest that was told."""
+        return self.usages[-1] if self.usages else None
+
+    @usage.setter
+    def usage(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self.usages.append(usage)
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.deltas or self.usages or self.finish_reason is not None or self.vectors or self.malformed
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamAnswer:
-    """A whole answer."""
+class Question:
+    """What one attempt asks: a prompt to answer, or inputs to embed. `whole`: not as a stream."""
 
-    message: Message
-    finish_reason: FinishReason
-    usage: Usage | None
-    upstream_model: str
+    prompt: Prompt
+    max_output_tokens: int
+    whole: bool
+    inputs: tuple[str, ...] = ()
+    dimensions: int | None = None
 
 
 class ModelProvider(Protocol):
-    """Speaks to model servers of one kind. Raises UpstreamFailure."""
+    """Speaks to model servers of one kind."""
 
-    def stream(
-        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
+    def ask(
+        self, deployment: Deployment, question: Question, *, on_sent: Callable[[], None]
     ) -> AsyncIterator[UpstreamChunk]:
-        """Chunks until the answer is complete: a finish reason came. Closing the iterator stops the model server.
+        """Chunks until the answer is complete; one, when it is asked for whole. Closing the iterator stops the server.
 
         `on_sent` is told when the request goes out: from then on the model may run, and the call costs its input.
+        Raises UpstreamFailure; what was told before it is in the chunks before.
         """
         ...
 
-    async def generate(
-        self, deployment: Deployment, prompt: Prompt, *, max_output_tokens: int, on_sent: Callable[[], None]
-    ) -> UpstreamAnswer: ...
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """The best estimate, and what a hold is made for: hardly any tokenizer of the family counts more."""
+
+    input_tokens: int
+    upper_bound: int
 
 
 class TokenCounter(Protocol):
-    """Counts tokens with a real tokenizer."""
+    """Counts tokens, by families of tokenizers; see domain/token_family.py."""
 
-    def count_text(self, text: str) -> int: ...
+    def count_text(self, text: str, family: str = ...) -> int: ...
 
-    async def count_prompt(self, prompt: Prompt) -> int: ...
+    async def count_prompt(self, prompt: Prompt, *, family: str = ..., upstream_model: str = ...) -> TokenCount: ...
 
-    def count_message(self, message: Message) -> int: ...
+    async def count_inputs(self, inputs: tuple[str, ...], *, family: str = ...) -> TokenCount: ...
+
+    def count_message(self, message: Message, family: str = ...) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Taken below the limits of a subject; to be given back with `leave`."""
+
+    subject: str
+    limits: Limits
+    ticket: str
+    tokens: int
+
+
+class Limiter(Protocol):
+    """Counts what runs and what ran in the last minute, by subject: `model:<id>` or `user:<id>`."""
+
+    async def enter(self, subject: str, limits: Limits, *, tokens: int) -> Place | float:
+        """A place, or after how many seconds it is worth asking again."""
+        ...
+
+    def leave(self, place: Place, *, used_tokens: int) -> None:
+        """At once; tokens that were taken and not used are given back."""
+        ...
+
+    async def keep(self, places: Sequence[Place]) -> None:
+        """These still run; places of processes that died are free again after a while."""
+        ...
+
+    async def freed(self, subject: str, seconds: float) -> None:
+        """Waits until somebody of this process leaves, or so long."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UserPolicy:
+    """What one user may do, where it differs from the service's settings; `limits` None = the defaults."""
+
+    user_id: str
+    limits: Limits | None = None
+    keep_no_answers: bool = False
+    updated_at: datetime | None = None
+
+
+class UserPolicies(Protocol):
+    """The policies of all users that have one, at most 2 s old."""
+
+    def of(self, user_id: str) -> UserPolicy | None: ...
+
+    async def refresh(self) -> None: ...
+
+
+class UserPolicyStore(Protocol):
+    """Policies in the database."""
+
+    async def get_policy(self, user_id: str) -> UserPolicy | None: ...
+
+    async def set_policy(self, policy: UserPolicy) -> None:
+        """Deletes kept answers too, where the policy says so."""
+        ...
+
+    async def delete_policy(self, user_id: str) -> None: ...
+
+    async def list_policies(self, *, after: str, limit: int) -> list[UserPolicy]:
+        """By user."""
+        ...
 
 
 class ModelDirectory(Protocol):
@@ -224,6 +326,15 @@ class ModelDirectory(Protocol):
 
     @property
     def directory(self) -> Directory: ...
+
+    @property
+    def revision(self) -> int:
+        """Rises with every change."""
+        ...
+
+    async def changed(self, revision: int) -> None:
+        """Waits until the directory is newer than that."""
+        ...
 
     async def refresh(self) -> None: ...
 
@@ -248,3 +359,7 @@ class ModelRegistry(Protocol):
         ...
 
     async def delete(self, model_id: str) -> bool: ...
+
+    async def reseal(self) -> int:
+        """Seals every key that is sealed under an older secret key again, under the newest. Returns how many."""
+        ...

@@ -9,9 +9,9 @@ from llm_service.domain.call import CallRecord, CallState
 from llm_service.domain.chat import Prompt
 from llm_service.domain.deployment import DEFAULT_ALIAS
 from llm_service.domain.errors import CallNotFound, CallNotRunning
-from llm_service.usecases.output_meter import upper_bound_tokens
+from llm_service.domain.token_family import tokenizer_name
 from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter
-from llm_service.usecases.running_calls import RunningCalls
+from llm_service.usecases.running_calls import RunningCalls, tokens_of
 from servicekit.core.errors import InvalidField
 from servicekit.core.page_token import decode_time_token, encode_page_token
 
@@ -76,14 +76,16 @@ async def cancel_call(journal: CallJournal, running: RunningCalls, *, call_id: U
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """The best estimate, and what a hold would be made for."""
+    """The best estimate, what a hold would be made for, and how it was counted."""
 
     input_tokens: int
     upper_bound_tokens: int
+    tokenizer: str
 
 
 async def count_tokens(models: ModelDirectory, tokens: TokenCounter, alias: str, prompt: Prompt) -> TokenCount:
-    """Raises ModelNotFound, ModelNotReady."""
-    models.directory.resolve(alias or DEFAULT_ALIAS, choose=lambda deployments: deployments[0])
-    counted = await tokens.count_prompt(prompt)
-    return TokenCount(counted, upper_bound_tokens(counted))
+    """For the first choice of the alias. Raises ModelNotFound, ModelNotReady."""
+    deployment = models.directory.tiers(alias or DEFAULT_ALIAS, draw=lambda: 0.5)[0][0]
+    family = tokens_of(deployment)
+    counted = await tokens.count_prompt(prompt, family=family, upstream_model=deployment.upstream_model)
+    return TokenCount(counted.input_tokens, counted.upper_bound, tokenizer_name(family))

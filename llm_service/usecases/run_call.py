@@ -7,338 +7,183 @@ a task of its own. Nothing that a client is told about usage or charge is told b
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any
 from uuid import UUID
 
 from llm_service.domain.call import CallRecord, CallState, End, judge, settle
-from llm_service.domain.chat import Delta, FinishReason, Message
-from llm_service.domain.deployment import DEFAULT_ALIAS, Deployment, Provider
-from llm_service.domain.errors import (
-    ContextTooLong,
-    RequestFinished,
-)
-from llm_service.usecases.call_errors import refusal, upstream_error
-from llm_service.usecases.call_events import (
-    CallRequest,
-    Finished,
-    Generated,
-    Replay,
-    Started,
-    Timing,
-    deltas_of,
-)
-from llm_service.usecases.output_meter import OutputMeter, upper_bound_tokens
+from llm_service.domain.chat import Delta, FinishReason
+from llm_service.domain.errors import RateLimited, UpstreamRejected
+from llm_service.usecases.admission import Admission
+from llm_service.usecases.attempts import Attempts, CallInterrupted, deadline_passed
+from llm_service.usecases.begin_call import CallBeginner, HoldUnclear
+from llm_service.usecases.call_errors import upstream_error
+from llm_service.usecases.call_events import CallRequest, Finished, Generated, Replay, Started, Timing, deltas_of
+from llm_service.usecases.call_meters import CallMeters
+from llm_service.usecases.output_meter import OutputMeter
 from llm_service.usecases.ports import (
     CallJournal,
     CreditLedger,
-    HoldAsked,
-    HoldGranted,
-    HoldRefused,
-    ModelDirectory,
-    ModelProvider,
     Settlement,
+    StoredAnswer,
     TokenCounter,
+    UpstreamChunk,
     UpstreamFailure,
+    UserPolicies,
 )
-from llm_service.usecases.running_calls import RunningCall, RunningCalls
-from metering.usage import Usage, UsageSource
+from llm_service.usecases.running_calls import NOTHING, RunningAttempt, RunningCall, RunningCalls
+from llm_service.usecases.structured_answer import SchemaMismatch, StructuredAnswers
+from llm_service.usecases.usage_of import charge_attempt
 from servicekit.core.clock import Clock
 from servicekit.core.errors import Cancelled, DeadlineExceeded, DomainError, Overloaded
 from servicekit.core.faults import FaultPoint, Faults
-from servicekit.core.ids import IdSource
 from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
 
-DEADLINE_MARGIN_SECONDS = 0.05
-"""A call stops this long before its client's deadline, so that the client still hears what it was charged."""
+_ENDED = (CallInterrupted, UpstreamFailure, SchemaMismatch, RateLimited)
 
 
 class CallRunner:
     """Runs calls. `close` waits for settlements that no client waits for."""
 
     def __init__(
-        self, *, models: ModelDirectory, ledger: CreditLedger, journal: CallJournal,
-        providers: dict[Provider, ModelProvider], tokens: TokenCounter, running: RunningCalls, clock: Clock,
-        ids: IdSource, faults: Faults, most_running: int,
+        self, *, beginner: CallBeginner, attempts: Attempts, ledger: CreditLedger, journal: CallJournal,
+        tokens: TokenCounter, admission: Admission, policies: UserPolicies, running: RunningCalls, meters: CallMeters,
+        clock: Clock, faults: Faults, most_running: int,
     ) -> None:
-        self._models = models
+        self._beginner = beginner
+        self._attempts = attempts
         self._ledger = ledger
         self._journal = journal
-        self._providers = providers
         self._tokens = tokens
         self._meter = OutputMeter(tokens)
+        self._structured = StructuredAnswers(attempts, self._meter, tokens)
+        self._admission = admission
+        self._policies = policies
         self._running = running
+        self._meters = meters
         self._clock = clock
-        self._ids = ids
         self._faults = faults
         self._most_running = most_running
-        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._background: set[asyncio.Task[Any]] = set()
 
     async def stream(self, request: CallRequest) -> AsyncIterator[Started | Delta | Finished]:
         """Started, deltas, finished. Raises a DomainError when the call fails before its first token."""
-        begun = await self._begin(request, streamed=True)
-        if isinstance(begun, Replay):
-            async for event in self._replay(begun):
+        call = await self._begin(request, streamed=True)
+        if isinstance(call, Replay):
+            for event in _replayed(call):
                 yield event
             return
-        call = begun
+        is_metered = request.prompt.json_schema is not None
+        ended: Exception | None = None
+        cut = False
         try:
             yield Started(call.record)
-            end, failure = End.COMPLETED, None
-            finish_reason = FinishReason.STOP
-            provider = self._providers[call.deployment.provider]
-            chunks = provider.stream(
-                call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens,
-                on_sent=call.mark_sent,
-            )
-            async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # providers are generators
-                self._begin_attempt(call)
-                while True:
-                    if call.is_cancelled:
-                        end = End.CLIENT_GONE
-                        break
-                    try:
-                        call.is_waiting = True
-                        async with asyncio.timeout_at(self._wait_until(call, request)):
-                            chunk = await anext(chunks, None)
-                    except TimeoutError:
-                        end, failure = self._end_of_timeout(call, request)
-                        break
-                    except UpstreamFailure as error:
-                        end, failure = End.UPSTREAM_FAILED, error
-                        break
-                    except asyncio.CancelledError:
-                        if not self._cancelled_by_request(call):
-                            raise
-                        end = End.CLIENT_GONE
-                        break
-                    finally:
-                        call.is_waiting = False
-                    if chunk is None:
-                        break
-                    if chunk.usage is not None:
-                        call.usage = chunk.usage
-                    call.upstream_model = chunk.upstream_model or call.upstream_model
-                    if chunk.finish_reason is not None:
-                        finish_reason = chunk.finish_reason
-                    cut = False
-                    if chunk.deltas and call.first_token_seconds is None:
-                        self._mark_first_token(call)
+            chunks = self._chunks(call, request, whole=False)
+            async with aclosing(chunks):
+                async for chunk in chunks:
                     for delta in chunk.deltas:
-                        delta, cut = self._meter.count(call, delta)
+                        if not is_metered:
+                            delta, cut = self._meter.count(call.attempts[-1], delta, clipped=call.clipped)
+                        call.delivered = True
                         yield delta
                         if cut:
                             break
                     self._faults.reach(FaultPoint.MID_STREAM)
                     if cut:
-                        end = End.CUT
                         break
+        except _ENDED as error:
+            ended = error
         except (asyncio.CancelledError, GeneratorExit):
-            end = End.DEADLINE if self._deadline_passed(request) else End.CLIENT_GONE
-            self._in_background(self._finish(call, end, FinishReason.CANCELLED, None))
+            self._leave_behind(call, request)
             raise
         except BaseException:
-            call.error_reason = "INTERNAL"
-            self._in_background(self._finish(call, End.UPSTREAM_FAILED, FinishReason.UPSTREAM_ERROR, None))
+            self._break_off(call, request)
             raise
-        record = await self._finish_shielded(call, end, finish_reason, failure)
-        self._raise_unless_delivered(call, record, end, failure)
-        yield Finished(record, self._timing(call))
+        record = await self._finish_shielded(call, request, self._end_of(ended, cut=cut), ended)
+        self._raise_unless_delivered(call, record, ended)
+        yield Finished(record, self._timing(call), _fell_back(call), call.metadata)
 
     async def generate(self, request: CallRequest) -> Generated:
-        """The whole answer. Raises a DomainError when the model did not give one."""
+        """The whole answer, or the vectors. Raises a DomainError when the model did not give one."""
         call = await self._begin(request, streamed=False)
         if isinstance(call, Replay):
-            return Generated(call.record, call.message, replayed=True)
-        end, failure = End.COMPLETED, None
-        finish_reason = FinishReason.STOP
-        provider = self._providers[call.deployment.provider]
+            return Generated(call.record, call.answer.message, replayed=True, vectors=call.answer.vectors)
+        is_metered = request.prompt.json_schema is not None
+        ended: Exception | None = None
         try:
-            self._begin_attempt(call)
-            call.is_waiting = True
-            async with asyncio.timeout_at(self._wait_until(call, request, whole=True)):
-                upstream = await provider.generate(
-                    call.deployment, request.prompt, max_output_tokens=call.record.max_output_tokens,
-                    on_sent=call.mark_sent,
-                )
-            finish_reason = upstream.finish_reason
-            call.usage, call.upstream_model = upstream.usage, upstream.upstream_model
-            self._take_message(call, upstream.message)
-        except TimeoutError:
-            end, failure = self._end_of_timeout(call, request)
-        except UpstreamFailure as error:
-            end, failure = End.UPSTREAM_FAILED, error
+            chunks = self._chunks(call, request, whole=True)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if not is_metered:
+                        answer = call.attempts[-1].answer
+                        for delta in chunk.deltas:
+                            answer.add(delta)
+                    call.delivered |= bool(chunk.deltas or chunk.vectors)
+        except _ENDED as error:
+            ended = error
         except asyncio.CancelledError:
-            if not self._cancelled_by_request(call):
-                end = End.DEADLINE if self._deadline_passed(request) else End.CLIENT_GONE
-                self._in_background(self._finish(call, end, FinishReason.CANCELLED, None))
-                raise
-            end = End.CLIENT_GONE
-        except BaseException:
-            call.error_reason = "INTERNAL"
-            self._in_background(self._finish(call, End.UPSTREAM_FAILED, FinishReason.UPSTREAM_ERROR, None))
+            self._leave_behind(call, request)
             raise
-        finally:
-            call.is_waiting = False
-        record = await self._finish_shielded(call, end, finish_reason, failure)
-        self._raise_unless_delivered(call, record, end, failure)
-        return Generated(record, call.answer.message())
+        except BaseException:
+            self._break_off(call, request)
+            raise
+        record = await self._finish_shielded(call, request, self._end_of(ended, cut=False), ended)
+        self._raise_unless_delivered(call, record, ended)
+        attempt = call.attempts[-1]
+        return Generated(
+            record, attempt.answer.message(), vectors=attempt.vectors, timing=self._timing(call),
+            fallback=_fell_back(call), metadata=call.metadata,
+        )
 
     async def close(self) -> None:
         """Waits until every settlement that is under way is done."""
         while self._background:
             await asyncio.wait(set(self._background))
 
-    # Before the model
-
     async def _begin(self, request: CallRequest, *, streamed: bool) -> RunningCall | Replay:
         if len(self._running) >= self._most_running:
             raise Overloaded
-        arrived = self._clock.monotonic()
-        created_at = self._clock.now()
-        alias = request.model or DEFAULT_ALIAS
-        deployment = self._models.directory.resolve(alias, choose=self._choose)
-        counted = await self._tokens.count_prompt(request.prompt)
-        most = request.max_output_tokens or deployment.max_output_tokens
-        most = min(most, deployment.max_output_tokens)
-        if deployment.context_window:
-            most = min(most, deployment.context_window - counted)
-            if most < max(1, request.min_output_tokens):
-                raise ContextTooLong(
-                    "the prompt does not fit the model's context window", input_tokens=counted,
-                    context_window=deployment.context_window,
-                )
-        call_id = self._ids.new_id()
-        asked = HoldAsked(
-            call_id=call_id, billing=request.billing, provider=deployment.provider_for_price, model=alias,
-            input_tokens=upper_bound_tokens(counted), max_output_tokens=most,
-            min_output_tokens=min(max(1, request.min_output_tokens), most),
-        )
-        self._faults.reach(FaultPoint.BEFORE_HOLD)
         try:
-            hold = await self._open_hold(asked)
-        except asyncio.CancelledError:
-            # Whether it was granted is not known; given back it is in any case.
-            self._in_background(self._release(asked.billing.user_id, call_id))
-            raise
-        if isinstance(hold, Replay):
-            return hold
-        self._faults.reach(FaultPoint.AFTER_HOLD)
-        call = RunningCall(
-            record=CallRecord(
-                call_id=call_id, billing=request.billing, model=alias, provider=deployment.provider.name,
-                price_provider=deployment.provider_for_price, upstream_model=deployment.upstream_model,
-                state=CallState.RUNNING, streamed=streamed, hold_micros=hold.held_micros,
-                max_output_tokens=hold.max_output_tokens, quote=hold.quote, usage=Usage(), created_at=created_at,
-            ),
-            deployment=deployment, input_tokens=counted, clipped=hold.max_output_tokens < most,
-            started_seconds=arrived, hold_seconds=self._clock.monotonic(), hold_expires_at=hold.expires_at,
-            task=asyncio.current_task(),
-        )
-        self._running.add(call)
+            call = await self._beginner.begin(request, streamed=streamed)
+        except HoldUnclear as unclear:
+            self._in_background(self._release(unclear.user_id, unclear.call_id))
+            raise asyncio.CancelledError from None
+        if isinstance(call, RunningCall):
+            self._running.add(call)
         return call
 
-    def _choose(self, deployments: Any) -> Deployment:
-        chosen: Deployment = self._random.choices(deployments, [max(1, each.weight) for each in deployments])[0]
-        return chosen
-
-    async def _open_hold(self, asked: HoldAsked) -> HoldGranted | Replay:
-        answer = await self._ledger.open_hold(asked)
-        if isinstance(answer, HoldRefused) and answer.existing_call_id and answer.reason.startswith("REQUEST_"):
-            return await self._repeat(asked, answer, answer.existing_call_id)
-        if isinstance(answer, HoldRefused):
-            raise refusal(asked, answer)
-        return answer
-
-    async def _repeat(self, asked: HoldAsked, refused: HoldRefused, existing: UUID) -> HoldGranted | Replay:
-        """The request has an earlier call; the journal knows its end before TokenStore does."""
-        user_id = asked.billing.user_id
-        record = await self._journal.find(existing, user_id)
-        if record is not None and record.state is CallState.SETTLED:
-            stored = await self._journal.answer_of(user_id, existing)
-            if stored is not None:
-                return Replay(record, stored.message)
-            raise RequestFinished(
-                "this request was answered and charged; its answer is no longer kept", call_id=str(existing)
-            )
-        if record is not None and record.state is CallState.FAILED and refused.reason == "REQUEST_IN_FLIGHT":
-            # It ended without a charge, but its release got lost.
-            await self._ledger.release_hold(user_id, existing)
-            answer = await self._ledger.open_hold(asked)
-            if isinstance(answer, HoldGranted):
-                return answer
-            refused = answer
-        raise refusal(asked, refused)
-
-    async def _release(self, user_id: str, call_id: UUID) -> None:
-        try:
-            await self._ledger.release_hold(user_id, call_id)
-        except DomainError:
-            log.warning("hold_not_released", call_id=str(call_id))  # it expires by itself
-
-    # While the model answers
-
-    def _begin_attempt(self, call: RunningCall) -> None:
-        call.attempt_started_at = self._clock.now()
-
-    def _wait_until(self, call: RunningCall, request: CallRequest, *, whole: bool = False) -> float:
-        """When the next token is overdue, on the loop's clock."""
-        timeouts = call.deployment.timeouts
-        now = asyncio.get_running_loop().time()
-        elapsed = self._clock.monotonic() - call.started_seconds
-        left = timeouts.total - elapsed
-        if not whole:
-            left = min(left, timeouts.idle if call.first_token_seconds is not None else timeouts.first_token)
-        if request.deadline_seconds is not None:
-            margin = min(DEADLINE_MARGIN_SECONDS, (request.deadline_seconds - call.started_seconds) / 10)
-            left = min(left, request.deadline_seconds - margin - self._clock.monotonic())
-        return now + max(0.0, left)
-
-    def _end_of_timeout(self, call: RunningCall, request: CallRequest) -> tuple[End, UpstreamFailure | None]:
-        if self._deadline_passed(request):
-            return End.DEADLINE, None
-        if self._clock.monotonic() - call.started_seconds >= call.deployment.timeouts.total:
-            return End.MODEL_TIMEOUT, UpstreamFailure("UPSTREAM_UNAVAILABLE", "the total timeout passed")
-        what = "idle" if call.first_token_seconds is not None else "first token"
-        return End.UPSTREAM_FAILED, UpstreamFailure("UPSTREAM_UNAVAILABLE", f"the {what} timeout passed")
-
-    def _deadline_passed(self, request: CallRequest) -> bool:
-        deadline = request.deadline_seconds
-        return deadline is not None and self._clock.monotonic() >= deadline - 2 * DEADLINE_MARGIN_SECONDS
-
-    @staticmethod
-    def _cancelled_by_request(call: RunningCall) -> bool:
-        """Whether it was CancelCall that cancelled the task; then the client is still there and is answered."""
-        task = asyncio.current_task()
-        if call.is_cancelled and task is not None and task.cancelling() == 1:
-            task.uncancel()
-            return True
-        return False
-
-    def _mark_first_token(self, call: RunningCall) -> None:
-        call.first_token_seconds = self._clock.monotonic()
-        call.first_token_at = self._clock.now()
-
-    def _take_message(self, call: RunningCall, message: Message) -> None:
-        self._mark_first_token(call)
-        for delta in deltas_of(message):
-            call.answer.add(delta)
-        if call.usage is None:
-            call.counted_output_tokens = self._tokens.count_message(message)
+    def _chunks(self, call: RunningCall, request: CallRequest, *, whole: bool) -> AsyncGenerator[UpstreamChunk]:
+        if request.prompt.json_schema is not None:
+            return self._structured.chunks(call, request, whole=whole)
+        return self._attempts.chunks(call, request, request.prompt, input_bound=call.input_bound, whole=whole)
 
     # After the model
 
+    @staticmethod
+    def _end_of(ended: Exception | None, *, cut: bool) -> End:
+        if ended is None:
+            return End.CUT if cut else End.COMPLETED
+        if isinstance(ended, CallInterrupted):
+            return ended.end
+        return End.SCHEMA_MISMATCH if isinstance(ended, SchemaMismatch) else End.UPSTREAM_FAILED
+
+    def _leave_behind(self, call: RunningCall, request: CallRequest) -> None:
+        """The client is gone; the call is settled all the same."""
+        end = End.DEADLINE if deadline_passed(call, self._clock) else End.CLIENT_GONE
+        self._in_background(self._finish(call, request, end, None))
+
+    def _break_off(self, call: RunningCall, request: CallRequest) -> None:
+        call.error_reason = "INTERNAL"
+        self._in_background(self._finish(call, request, End.UPSTREAM_FAILED, None))
+
     async def _finish_shielded(
-        self, call: RunningCall, end: End, finish_reason: FinishReason, failure: UpstreamFailure | None
+        self, call: RunningCall, request: CallRequest, end: End, ended: Exception | None
     ) -> CallRecord:
         """The settlement goes on when the client leaves while it is under way."""
-        task = self._in_background(self._finish(call, end, finish_reason, failure))
+        task = self._in_background(self._finish(call, request, end, ended))
         return await asyncio.shield(task)
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -353,74 +198,125 @@ class CallRunner:
             log.error("settlement_failed", reason=str(error))
 
     async def _finish(
-        self, call: RunningCall, end: End, finish_reason: FinishReason, failure: UpstreamFailure | None
+        self, call: RunningCall, request: CallRequest, end: End, ended: Exception | None
     ) -> CallRecord:
         call.is_ended = True
+        call.stop_watch()
         try:
-            if failure is not None:
-                call.error_reason, call.http_status = failure.reason, failure.http_status
-                log.warning(
-                    "upstream_failed", call_id=str(call.call_id), model_id=call.deployment.model_id,
-                    reason=failure.reason, http_status=failure.http_status, detail=failure.detail,
-                )
-            verdict = judge(
-                end, finish_reason=finish_reason, reached_model=call.reached_model,
-                delivered=not call.answer.is_empty, clipped=call.clipped, error_reason=call.error_reason,
-            )
-            now = self._clock.now()
-            attempt = call.attempt(ended_at=now)
-            record = replace(
-                settle(call.checkpoint(), verdict, self._usage_of(call, end), at=now),
-                attempts=(attempt,) if attempt else (),
-            )
-            keep = verdict.charged and record.billing.request_id_was_given
+            record = self._settled(call, end, ended)
+            keep = self._keeps_answer(request, record, end)
             self._faults.reach(FaultPoint.BEFORE_SETTLE)
-            recorded = await self._journal.settle(Settlement(record, call.answer.message() if keep else None))
+            recorded = await self._journal.settle(Settlement(
+                record, _stored(call) if keep else None, call.traceparent
+            ))
             self._faults.reach(FaultPoint.AFTER_SETTLE)
-            if not verdict.charged:
+            if record.state is not CallState.SETTLED:
                 await self._release(call.user_id, call.call_id)
+            self._meters.call_ended(call, recorded, seconds=self._clock.monotonic() - call.started_seconds)
             return recorded
         finally:
             self._running.remove(call)
+            for place in call.places:
+                self._admission.leave(place, used_tokens=_used(call))
+            call.places.clear()
 
-    def _usage_of(self, call: RunningCall, end: End) -> Usage:
-        """What the model server reported; counted here when it did not, or when we stopped it. Counted output is never
-        above the grant, so that our own estimate never takes more than was held."""
-        if call.usage is not None and end is End.COMPLETED:
-            return call.usage
-        output = call.counted_output_tokens
-        if end is End.COMPLETED and not call.answer.is_empty:
-            output = self._tokens.count_message(call.answer.message())
-        input_tokens = call.usage.input_tokens if call.usage and call.usage.input_tokens else call.input_tokens
-        return Usage(
-            input_tokens=input_tokens, output_tokens=min(output, call.record.max_output_tokens),
-            source=UsageSource.ESTIMATED,
+    def _settled(self, call: RunningCall, end: End, ended: Exception | None) -> CallRecord:
+        attempt = call.attempt
+        now = self._clock.now()
+        if attempt is not None and self._counts(call, attempt, end):
+            completed = end is End.COMPLETED or attempt.error_reason == ""
+            charge_attempt(self._tokens, call, attempt, completed=completed and end is not End.CUT)
+        if isinstance(ended, UpstreamFailure | RateLimited):
+            call.error_reason = ended.reason
+        elif isinstance(ended, CallInterrupted) and ended.failure is not None:
+            call.error_reason = ended.failure.reason
+        elif isinstance(ended, SchemaMismatch):
+            call.metadata |= {"schema_path": ended.violation.path, "schema_rule": ended.violation.rule}
+        if attempt is not None and attempt.is_unknown_finish:
+            call.metadata["upstream_finish_reason"] = attempt.upstream_finish_reason
+        spent = call.spent()
+        verdict = judge(
+            end, finish_reason=attempt.finish_reason if attempt else FinishReason.UNSPECIFIED,
+            reached_model=call.reached_model, delivered=call.delivered, clipped=call.clipped,
+            error_reason=call.error_reason, billed=spent is not NOTHING,
+        )
+        return settle(
+            call.record, verdict, spent, at=now, first_token_at=call.first_token_at,
+            attempts=tuple(each.to_record(at=now) for each in call.attempts),
+            **(call.served_by(attempt) if attempt else {}),
         )
 
     @staticmethod
-    def _raise_unless_delivered(
-        call: RunningCall, record: CallRecord, end: End, failure: UpstreamFailure | None
-    ) -> None:
+    def _counts(call: RunningCall, attempt: RunningAttempt, end: End) -> bool:
+        """Whether the newest attempt is charged by what was delivered or reported, as the verdict will be."""
+        if attempt.charged_usage is not None:
+            return False
+        if end in (End.COMPLETED, End.CUT):
+            return True
+        if end in (End.CLIENT_GONE, End.DEADLINE):
+            return attempt.reached_model and not attempt.error_reason
+        return call.delivered and end is not End.SCHEMA_MISMATCH
+
+    def _keeps_answer(self, request: CallRequest, record: CallRecord, end: End) -> bool:
+        if not (request.store and record.billing.request_id_was_given and record.state is CallState.SETTLED):
+            return False
+        policy = self._policies.of(record.billing.user_id)
+        return end is not End.SCHEMA_MISMATCH and not (policy is not None and policy.keep_no_answers)
+
+    async def _release(self, user_id: str, call_id: UUID) -> None:
+        try:
+            await self._ledger.release_hold(user_id, call_id)
+        except DomainError:
+            log.warning("hold_not_released", call_id=str(call_id))  # it expires by itself
+
+    @staticmethod
+    def _raise_unless_delivered(call: RunningCall, record: CallRecord, ended: Exception | None) -> None:
         """Without a token delivered, a failure is an error of the RPC; after one, it is a finish reason."""
-        if not call.answer.is_empty or end in (End.COMPLETED, End.CUT):
+        if ended is None:
             return
         facts: Mapping[str, str | int] = {"call_id": str(record.call_id)}
-        if end is End.DEADLINE:
+        if isinstance(ended, SchemaMismatch):
+            charged = record.charge.credit_micros if record.charge else 0
+            raise UpstreamRejected(
+                "the model's answer does not follow the schema, nor does its repair; both were charged",
+                facts={**facts, **call.metadata, "credit_micros": charged},
+            )
+        if call.delivered:
+            return
+        if isinstance(ended, RateLimited):
+            raise ended
+        if isinstance(ended, CallInterrupted) and ended.end is End.DEADLINE:
             raise DeadlineExceeded("the deadline passed before the model answered", facts=facts)
-        if end is End.CLIENT_GONE:
+        if isinstance(ended, CallInterrupted) and ended.end is End.CLIENT_GONE:
             raise Cancelled("the call was cancelled before the model answered", facts=facts)
-        raise upstream_error(failure, facts)
+        failure = ended if isinstance(ended, UpstreamFailure) else None
+        raise upstream_error(failure, {**facts, "attempts": len(call.attempts)}, record)
 
     def _timing(self, call: RunningCall) -> Timing:
         first = call.first_token_seconds
         return Timing(
             hold=call.hold_seconds - call.started_seconds,
             first_token=None if first is None else first - call.started_seconds,
-            total=self._clock.monotonic() - call.started_seconds,
+            total=self._clock.monotonic() - call.started_seconds, queue=call.queued_seconds,
         )
 
-    async def _replay(self, replay: Replay) -> AsyncIterator[Started | Delta | Finished]:
-        yield Started(replay.record, replayed=True)
-        for delta in deltas_of(replay.message):
-            yield delta
-        yield Finished(replay.record, Timing(0.0, None, 0.0))
+
+def _stored(call: RunningCall) -> StoredAnswer:
+    attempt = call.attempts[-1]
+    return StoredAnswer(attempt.answer.message(), attempt.vectors)
+
+
+def _used(call: RunningCall) -> int:
+    spent = call.spent()
+    return spent.input_tokens + spent.output_tokens
+
+
+def _fell_back(call: RunningCall) -> bool:
+    return bool(call.attempts) and call.attempts[-1].deployment is not call.tiers[0][0]
+
+
+def _replayed(replay: Replay) -> list[Started | Delta | Finished]:
+    return [
+        Started(replay.record, replayed=True), *deltas_of(replay.answer.message),
+        Finished(replay.record, Timing(0.0, None, 0.0)),
+    ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
 
-from llm_service.domain.call import sweep
+from llm_service.domain.call import CallState, sweep
 from llm_service.usecases.ports import CallJournal, CreditLedger, Settlement
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DomainError
@@ -19,40 +20,48 @@ OVERLAP = timedelta(minutes=5)
 """Expired holds are asked for again for so long: clocks differ, and commits come late."""
 ORPHANS_EVERY = 3
 PRUNE_EVERY = 60
+Found = Callable[[str, int], None]
 
 
-async def sweep_abandoned(journal: CallJournal, *, clock: Clock) -> int:
+def _tell_nobody(_state: str, _calls: int) -> None: ...
+
+
+async def sweep_abandoned(journal: CallJournal, *, clock: Clock, found: Found = _tell_nobody) -> int:
     """Calls with a record whose lease ran out. Returns how many."""
     abandoned = await journal.claim_abandoned(limit=MOST_AT_ONCE)
     for record in abandoned:
         recorded = await journal.settle(Settlement(sweep(record, at=clock.now())))
         log.warning("call_swept", call_id=str(record.call_id), state=recorded.state.name)
+        found(recorded.state.name, 1)
     return len(abandoned)
 
 
-async def sweep_orphaned_holds(journal: CallJournal, ledger: CreditLedger, *, clock: Clock) -> int:
+async def sweep_orphaned_holds(
+    journal: CallJournal, ledger: CreditLedger, *, clock: Clock, found: Found = _tell_nobody
+) -> int:
     """Calls that died before anything but their hold was written. Returns how many were found."""
     cursor = await journal.sweep_cursor() or clock.now() - timedelta(days=1)
     holds = await ledger.expired_holds(since=cursor - OVERLAP)
-    found = await journal.add_unknown_outcomes(holds) if holds else 0
+    added = await journal.add_unknown_outcomes(holds) if holds else 0
     if holds and holds[-1].closed_at > cursor:
         await journal.move_sweep_cursor(holds[-1].closed_at)
-    if found:
-        log.warning("unknown_outcomes", calls=found)
-    return found
+    if added:
+        log.warning("unknown_outcomes", calls=added)
+        found(CallState.UNKNOWN_OUTCOME.name, added)
+    return added
 
 
 async def sweep_calls(
-    journal: CallJournal, ledger: CreditLedger, *, clock: Clock, answers_kept: timedelta
+    journal: CallJournal, ledger: CreditLedger, *, clock: Clock, answers_kept: timedelta, found: Found = _tell_nobody
 ) -> None:
-    """Runs until it is cancelled."""
+    """Runs until it is cancelled. `found` is told of states and how many calls."""
     rounds = 0
     while True:
         try:
-            while await sweep_abandoned(journal, clock=clock) == MOST_AT_ONCE:
+            while await sweep_abandoned(journal, clock=clock, found=found) == MOST_AT_ONCE:
                 pass
             if rounds % ORPHANS_EVERY == 0:
-                await sweep_orphaned_holds(journal, ledger, clock=clock)
+                await sweep_orphaned_holds(journal, ledger, clock=clock, found=found)
             if rounds % PRUNE_EVERY == 0:
                 await journal.prune_answers(before=clock.now() - answers_kept)
         except DomainError as error:

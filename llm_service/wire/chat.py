@@ -22,6 +22,8 @@ from llm_service.domain.chat import (
     ToolCall,
     ToolChoiceMode,
 )
+from llm_service.domain.structured_output import BadSchema, check_schema
+from llm_service.usecases.ports import StoredAnswer, Vectors
 from servicekit.core.errors import InvalidField
 
 AnyCallRequest = llm_service_pb2.GenerateRequest | llm_service_pb2.StreamRequest
@@ -29,8 +31,7 @@ AnyCallRequest = llm_service_pb2.GenerateRequest | llm_service_pb2.StreamRequest
 
 def prompt_from_proto(request: AnyCallRequest) -> Prompt:
     """Raises InvalidField for what the rules in the proto files can not say."""
-    form = request.response_format.WhichOneof("format")
-    schema = request.response_format.json_schema
+    form = request.response_format.WhichOneof("format") if request.HasField("response_format") else None
     return Prompt(
         messages=messages_from_proto(request.messages),
         temperature=request.temperature if request.HasField("temperature") else None,
@@ -40,10 +41,7 @@ def prompt_from_proto(request: AnyCallRequest) -> Prompt:
         tools=tuple(_tool_from_proto(tool, index) for index, tool in enumerate(request.tools)),
         tool_choice=_tool_choice_from_proto(request),
         json_object=form == "json_object",
-        json_schema=(
-            JsonSchema(schema.name, _checked_json(schema.schema, "response_format.json_schema.schema"), schema.strict)
-            if form == "json_schema" else None
-        ),
+        json_schema=_schema_from_proto(request.response_format.json_schema) if form == "json_schema" else None,
         reasoning_effort=ReasoningEffort(request.reasoning_effort) if request.reasoning_effort else None,
         thinking=None if not request.thinking else request.thinking == chat_pb2.THINKING_ENABLED,
         parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None,
@@ -68,6 +66,7 @@ def _message_from_proto(message: chat_pb2.Message, index: int) -> Message:
         role=Role(message.role), parts=tuple(_part_from_proto(part) for part in message.content), name=message.name,
         tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
         tool_call_id=message.tool_call_id, reasoning=message.reasoning,
+        reasoning_signature=message.reasoning_signature,
     )
 
 
@@ -89,7 +88,19 @@ def _tool_from_proto(tool: chat_pb2.Tool, index: int) -> Tool:
     return Tool(tool.name, tool.description, parameters, tool.strict)
 
 
+def _schema_from_proto(schema: chat_pb2.JsonSchemaFormat) -> JsonSchema:
+    field = "response_format.json_schema.schema"
+    text = _checked_json(schema.schema, field)
+    try:
+        check_schema(text)
+    except BadSchema:
+        raise InvalidField.of(field, "must be a JSON Schema") from None
+    return JsonSchema(schema.name, text, schema.strict)
+
+
 def _tool_choice_from_proto(request: AnyCallRequest) -> ToolChoiceMode | str | None:
+    if not request.HasField("tool_choice"):
+        return None
     match request.tool_choice.WhichOneof("choice"):
         case "mode":
             return ToolChoiceMode(request.tool_choice.mode)
@@ -120,28 +131,43 @@ def message_to_proto(message: Message) -> chat_pb2.Message:
         tool_calls=[
             chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
         ],
-        reasoning=message.reasoning,
+        reasoning=message.reasoning, reasoning_signature=message.reasoning_signature,
     )
 
 
-def answer_to_bytes(message: Message) -> bytes:
-    return message_to_proto(message).SerializeToString()
+MESSAGE, VECTORS = b"m", b"v"
 
 
-def answer_from_bytes(data: bytes) -> Message:
-    message = chat_pb2.Message.FromString(data)
-    return Message(
+def answer_to_bytes(answer: StoredAnswer) -> bytes:
+    """One letter for what it is, and the message of that kind."""
+    if answer.vectors:
+        embeddings = vectors_to_proto(answer.vectors)
+        return VECTORS + llm_service_pb2.EmbedResponse(embeddings=embeddings).SerializeToString()
+    return MESSAGE + message_to_proto(answer.message).SerializeToString()
+
+
+def answer_from_bytes(data: bytes) -> StoredAnswer:
+    kind, body = data[:1], data[1:]
+    if kind == VECTORS:
+        answer = llm_service_pb2.EmbedResponse.FromString(body)
+        return StoredAnswer(vectors=tuple(tuple(each.values) for each in answer.embeddings))
+    message = chat_pb2.Message.FromString(body)
+    return StoredAnswer(Message(
         role=Role(message.role), parts=tuple(TextPart(part.text) for part in message.content),
         tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
-        reasoning=message.reasoning,
-    )
+        reasoning=message.reasoning, reasoning_signature=message.reasoning_signature,
+    ))
+
+
+def vectors_to_proto(vectors: Vectors) -> list[llm_service_pb2.Embedding]:
+    return [llm_service_pb2.Embedding(index=index, values=values) for index, values in enumerate(vectors)]
 
 
 def delta_to_proto(delta: Delta) -> llm_service_pb2.StreamResponse:
     if delta.tool_call is None:
-        return llm_service_pb2.StreamResponse(
-            delta=llm_service_pb2.Delta(text=delta.text, reasoning=delta.reasoning)
-        )
+        return llm_service_pb2.StreamResponse(delta=llm_service_pb2.Delta(
+            text=delta.text, reasoning=delta.reasoning, reasoning_signature=delta.signature
+        ))
     call = delta.tool_call
     return llm_service_pb2.StreamResponse(delta=llm_service_pb2.Delta(
         text=delta.text, reasoning=delta.reasoning,

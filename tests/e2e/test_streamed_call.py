@@ -175,7 +175,7 @@ def test_a_rate_limited_upstream_says_when_to_come_back(mesh: Mesh, user: str) -
     with refused(Code.UNAVAILABLE, "UPSTREAM_UNAVAILABLE") as caught:
         mesh.calls.Generate(generate_request(user, model="http429"), timeout=20)
     (retry,) = details_of(caught.value, error_details_pb2.RetryInfo)
-    assert retry.retry_delay.seconds == 7
+    assert 0 < retry.retry_delay.seconds <= 7, "as the model server said, less what has passed"
 
 
 def test_a_whole_answer_that_is_no_json_is_an_upstream_failure(mesh: Mesh, user: str) -> None:
@@ -364,6 +364,7 @@ class TestRepeats:
         assert again.replayed
         assert not first.replayed
         again.replayed = False
+        first.ClearField("timing")
         assert again == first
         started, text, finished = run(mesh, user, text="say it once", request_id="r")
         assert started.replayed

@@ -14,7 +14,13 @@ from typing import Any
 
 import grpc
 import psycopg
-from creditmesh.llm.v1 import llm_service_pb2, llm_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
+from creditmesh.llm.v1 import (
+    llm_service_pb2,
+    llm_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    user_policy_service_pb2_grpc,
+)
 from creditmesh.tokenstore.v1 import (
     balance_service_pb2,
     balance_service_pb2_grpc,
@@ -168,6 +174,10 @@ class Mesh:
         return self._stub(model_service_pb2_grpc.ModelServiceStub, self.llm_address)
 
     @property
+    def policies(self) -> Any:
+        return self._stub(user_policy_service_pb2_grpc.UserPolicyServiceStub, self.llm_address)
+
+    @property
     def ledger(self) -> Any:
         return self._stub(ledger_service_pb2_grpc.LedgerServiceStub, self.tokenstore_address)
 
@@ -210,12 +220,16 @@ class Mesh:
         return hold_service_pb2.ReleaseHoldsRequest(holds=[{"user_id": user, "hold_id": hold_id}])
 
     def register(self, alias: str, base_url: str, behaviour: str, **fields: Any) -> str:
-        model = model_service_pb2.Model(
-            alias=alias, provider=model_service_pb2.PROVIDER_OPENAI_CHAT, base_url=base_url, upstream_model=behaviour,
-            active=True, **fields,
-        )
+        model = model_service_pb2.Model(**{
+            "alias": alias, "provider": model_service_pb2.PROVIDER_OPENAI_CHAT, "base_url": base_url,
+            "upstream_model": behaviour, "active": True, **fields,
+        })
         answer = self.models.RegisterModel(model_service_pb2.RegisterModelRequest(model=model), timeout=10)
         return str(answer.model.model_id)
+
+    def register_local(self, alias: str, **fields: Any) -> str:
+        """The built-in model; `default_params` say how it behaves."""
+        return self.register(alias, "", "local", provider=model_service_pb2.PROVIDER_LOCAL, **fields)
 
     def credit(self, user: str, micros: int, *, key: str = "welcome") -> None:
         self.ledger.AdjustBalance(ledger_service_pb2.AdjustBalanceRequest(

@@ -15,15 +15,18 @@ from typing import Any
 from aiohttp import web
 
 WORDS = 8
+CANARY_ANSWER = "canary-answer-9d2"
 
 
 class Upstream:
     """Knows behaviours: ok, http-N, silent, silent-after-N, error-after-N, malformed-after-N, close-after-N,
-    tool, filter, length, empty, ignore-max, not-json."""
+    tool, filter, length, empty, ignore-max, not-json, fails-times-N and limits-times-N (then ok, by prompt),
+    usage-error (usage, then an error, no word). `first` waits before the answer begins."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.reached: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
         self.open_streams = 0
         self.closed_by_client = 0
         self.port = 0
@@ -81,6 +84,15 @@ class Upstream:
             )
         if behaviour == "silent":
             await asyncio.sleep(3600)
+        kind, _, times = behaviour.partition("-times-")
+        if times:
+            self.failures[str(content)] += 1
+            if self.failures[str(content)] <= int(times):
+                status = {"fails": 503, "limits": 429}[kind]
+                return web.json_response({"error": {"code": "server_error"}}, status=status, headers={"Retry-After": "0.2"})
+            behaviour = "ok"
+        if "first" in settings:
+            await asyncio.sleep(float(settings["first"]))
         if body.get("stream"):
             return await self._stream(request, body, behaviour, settings)
         return await self._whole(body, behaviour, settings)
@@ -89,9 +101,11 @@ class Upstream:
         wanted = int(settings.get("words") or WORDS)
         limit = 10**9 if behaviour == "ignore-max" else int(body.get("max_tokens") or 10**9)
         finish = {"filter": "content_filter", "length": "length", "tool": "tool_calls"}.get(behaviour, "stop")
+        if behaviour == "canary":
+            return [CANARY_ANSWER], "stop"
         if wanted > limit:
             wanted, finish = limit, "length"
-        return [" word"] * (0 if behaviour == "empty" else wanted), finish
+        return [" word"] * (0 if behaviour in ("empty", "usage-error") else wanted), finish
 
     def _usage(self, count: int, settings: dict[str, str]) -> dict[str, Any] | None:
         if "nousage" in settings:
@@ -149,6 +163,10 @@ class Upstream:
                 break
             await send({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
             await asyncio.sleep(float(settings.get("pause") or 0))
+        if behaviour == "usage-error":
+            await send({"choices": [], "usage": self._usage(0, settings)})
+            await send({"error": {"message": "secret", "code": "server_error"}})
+            return
         if stop_after >= 0:
             if kind == "silent":
                 await asyncio.sleep(3600)

@@ -141,6 +141,14 @@ def test_the_result_table_of_the_readme_is_the_domain() -> None:
         assert status.name in README
 
 
+def test_every_row_of_the_settlement_table_names_its_test() -> None:
+    tests = "\n".join(text_of(path) for folder in ("e2e", "fault") for path in (ROOT / "tests" / folder).glob("*.py"))
+    named = re.findall(r"`(test_\w+)`", text_of(ROOT / "docs" / "settlement.md"))
+    assert len(named) >= 29
+    for name in named:
+        assert f"def {name}(" in tests, name
+
+
 def test_nothing_is_tracked_that_is_made() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in tracked if name.startswith((".venv", ".run", "deploy/secrets/")) or name.endswith(".pyc")]

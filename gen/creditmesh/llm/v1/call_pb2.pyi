@@ -54,6 +54,66 @@ CALL_STATE_UNKNOWN_OUTCOME: CallState.ValueType  # 4
 """Its process died and nothing tells what the model delivered; not charged, for an operator to look at."""
 Global___CallState: _TypeAlias = CallState  # noqa: Y015
 
+class _AttemptKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttemptKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttemptKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTEMPT_KIND_UNSPECIFIED: _AttemptKind.ValueType  # 0
+    """Not said, by an older version."""
+    ATTEMPT_KIND_FIRST: _AttemptKind.ValueType  # 1
+    """The first of the call."""
+    ATTEMPT_KIND_RETRY: _AttemptKind.ValueType  # 2
+    """The same model again, after it failed before its first token."""
+    ATTEMPT_KIND_FALLBACK: _AttemptKind.ValueType  # 3
+    """Another model of the alias, after one failed before its first token."""
+    ATTEMPT_KIND_HEDGE: _AttemptKind.ValueType  # 4
+    """Another model beside one that was slow to begin; the first to begin answers, the other is stopped."""
+    ATTEMPT_KIND_REPAIR: _AttemptKind.ValueType  # 5
+    """The answer did not follow the JSON Schema that was asked for, and was asked for again."""
+
+class AttemptKind(_AttemptKind, metaclass=_AttemptKindEnumTypeWrapper):
+    """Why an attempt was made."""
+
+ATTEMPT_KIND_UNSPECIFIED: AttemptKind.ValueType  # 0
+"""Not said, by an older version."""
+ATTEMPT_KIND_FIRST: AttemptKind.ValueType  # 1
+"""The first of the call."""
+ATTEMPT_KIND_RETRY: AttemptKind.ValueType  # 2
+"""The same model again, after it failed before its first token."""
+ATTEMPT_KIND_FALLBACK: AttemptKind.ValueType  # 3
+"""Another model of the alias, after one failed before its first token."""
+ATTEMPT_KIND_HEDGE: AttemptKind.ValueType  # 4
+"""Another model beside one that was slow to begin; the first to begin answers, the other is stopped."""
+ATTEMPT_KIND_REPAIR: AttemptKind.ValueType  # 5
+"""The answer did not follow the JSON Schema that was asked for, and was asked for again."""
+Global___AttemptKind: _TypeAlias = AttemptKind  # noqa: Y015
+
+class _Operation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OperationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OPERATION_UNSPECIFIED: _Operation.ValueType  # 0
+    """Not said, by an older version: CHAT."""
+    OPERATION_CHAT: _Operation.ValueType  # 1
+    """Generate or Stream."""
+    OPERATION_EMBED: _Operation.ValueType  # 2
+    """Embed."""
+
+class Operation(_Operation, metaclass=_OperationEnumTypeWrapper):
+    """What a call does."""
+
+OPERATION_UNSPECIFIED: Operation.ValueType  # 0
+"""Not said, by an older version: CHAT."""
+OPERATION_CHAT: Operation.ValueType  # 1
+"""Generate or Stream."""
+OPERATION_EMBED: Operation.ValueType  # 2
+"""Embed."""
+Global___Operation: _TypeAlias = Operation  # noqa: Y015
+
 @_typing.final
 class Attempt(_message.Message):
     """One try against one upstream deployment."""
@@ -69,6 +129,10 @@ class Attempt(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    CHARGED_FIELD_NUMBER: _builtins.int
+    UPSTREAM_FINISH_REASON_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number, from 1."""
     model_id: _builtins.str
@@ -81,6 +145,12 @@ class Attempt(_message.Message):
     """Why it failed, as an ErrorReason without prefix; empty = it did not."""
     http_status: _builtins.int
     """HTTP status of the model server; 0 = none."""
+    kind: Global___AttemptKind.ValueType
+    """Why it was made."""
+    charged: _builtins.bool
+    """True when its tokens are in the usage that the call is charged for."""
+    upstream_finish_reason: _builtins.str
+    """Why the answer ended, in the model server's own words; at most 64 characters."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """When it began."""
@@ -92,6 +162,10 @@ class Attempt(_message.Message):
     @_builtins.property
     def ended_at(self) -> _timestamp_pb2.Timestamp:
         """When it ended."""
+
+    @_builtins.property
+    def usage(self) -> _billing_pb2.Usage:
+        """Tokens of this attempt: what the model server reported, or what was counted."""
 
     def __init__(
         self,
@@ -105,10 +179,14 @@ class Attempt(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         first_token_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___AttemptKind.ValueType = ...,
+        usage: _billing_pb2.Usage | None = ...,
+        charged: _builtins.bool = ...,
+        upstream_finish_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "first_token_at", b"first_token_at", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "first_token_at", b"first_token_at", "started_at", b"started_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "error_reason", b"error_reason", "first_token_at", b"first_token_at", "http_status", b"http_status", "model_id", b"model_id", "number", b"number", "provider", b"provider", "started_at", b"started_at", "upstream_model", b"upstream_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "ended_at", b"ended_at", "error_reason", b"error_reason", "first_token_at", b"first_token_at", "http_status", b"http_status", "kind", b"kind", "model_id", b"model_id", "number", b"number", "provider", b"provider", "started_at", b"started_at", "upstream_finish_reason", b"upstream_finish_reason", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,6 +219,7 @@ class Call(_message.Message):
     FIRST_TOKEN_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
     SWEPT_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Identity, a UUIDv7."""
     user_id: _builtins.str
@@ -171,6 +250,8 @@ class Call(_message.Message):
     """True for a call of Stream."""
     swept: _builtins.bool
     """True when a sweeper settled it in place of its process."""
+    operation: Global___Operation.ValueType
+    """What it does."""
     @_builtins.property
     def usage(self) -> _billing_pb2.Usage:
         """What was used; while it runs, the last checkpoint."""
@@ -219,10 +300,11 @@ class Call(_message.Message):
         first_token_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         swept: _builtins.bool = ...,
+        operation: Global___Operation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "created_at", b"created_at", "ended_at", b"ended_at", "first_token_at", b"first_token_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "call_id", b"call_id", "charge", b"charge", "conversation_id", b"conversation_id", "created_at", b"created_at", "ended_at", b"ended_at", "error_reason", b"error_reason", "finish_reason", b"finish_reason", "first_token_at", b"first_token_at", "hold_micros", b"hold_micros", "max_output_tokens", b"max_output_tokens", "model", b"model", "provider", b"provider", "request_id", b"request_id", "scene", b"scene", "state", b"state", "streamed", b"streamed", "swept", b"swept", "upstream_model", b"upstream_model", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "call_id", b"call_id", "charge", b"charge", "conversation_id", b"conversation_id", "created_at", b"created_at", "ended_at", b"ended_at", "error_reason", b"error_reason", "finish_reason", b"finish_reason", "first_token_at", b"first_token_at", "hold_micros", b"hold_micros", "max_output_tokens", b"max_output_tokens", "model", b"model", "operation", b"operation", "provider", b"provider", "request_id", b"request_id", "scene", b"scene", "state", b"state", "streamed", b"streamed", "swept", b"swept", "upstream_model", b"upstream_model", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

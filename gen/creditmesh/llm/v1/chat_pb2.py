@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63reditmesh/llm/v1/chat.proto\x12\x11\x63reditmesh.llm.v1\x1a\x1b\x62uf/validate/validate.proto\"\x97\x01\n\x05Image\x12\x19\n\x03url\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80@H\x00\x12\x1c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04H\x00\x12\x1a\n\tmime_type\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12(\n\x06\x64\x65tail\x18\x04 \x01(\tB\x18\xbaH\x15r\x13R\x00R\x03lowR\x04highR\x04\x61utoB\x0f\n\x06source\x12\x05\xbaH\x02\x08\x01\"D\n\x05\x41udio\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04\x12\x1f\n\x06\x66ormat\x18\x02 \x01(\tB\x0f\xbaH\x0cr\nR\x03wavR\x03mp3\"^\n\x04\x46ile\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04\x12\x1c\n\x08\x66ilename\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1c\n\tmime_type\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\xb3\x01\n\x07\x43ontent\x12\x1a\n\x04text\x18\x01 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02H\x00\x12)\n\x05image\x18\x02 \x01(\x0b\x32\x18.creditmesh.llm.v1.ImageH\x00\x12)\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x18.creditmesh.llm.v1.AudioH\x00\x12\'\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x17.creditmesh.llm.v1.FileH\x00\x42\r\n\x04part\x12\x05\xbaH\x02\x08\x01\"Y\n\x08ToolCall\x12\x16\n\x02id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x17\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1c\n\targuments\x18\x03 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@\"\x84\x02\n\x07Message\x12\x31\n\x04role\x18\x01 \x01(\x0e\x32\x17.creditmesh.llm.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.creditmesh.llm.v1.ContentB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x15\n\x04name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12:\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1b.creditmesh.llm.v1.ToolCallB\t\xbaH\x06\x92\x01\x03\x10\x80\x01\x12\x1e\n\x0ctool_call_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\treasoning\x18\x06 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@\"\x80\x01\n\x04Tool\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$\x12\x1d\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1d\n\nparameters\x18\x03 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x10\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\x93\x01\n\nToolChoice\x12=\n\x04mode\x18\x01 \x01(\x0e\x32!.creditmesh.llm.v1.ToolChoiceModeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00H\x00\x12\x35\n\rfunction_name\x18\x02 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$H\x00\x42\x0f\n\x06\x63hoice\x12\x05\xbaH\x02\x08\x01\"\x0c\n\nTextFormat\"\x12\n\x10JsonObjectFormat\"k\n\x10JsonSchemaFormat\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$\x12\x1b\n\x06schema\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x10\x02(\x80\x80\x10\x12\x0e\n\x06strict\x18\x03 \x01(\x08\"\xc8\x01\n\x0eResponseFormat\x12-\n\x04text\x18\x01 \x01(\x0b\x32\x1d.creditmesh.llm.v1.TextFormatH\x00\x12:\n\x0bjson_object\x18\x02 \x01(\x0b\x32#.creditmesh.llm.v1.JsonObjectFormatH\x00\x12:\n\x0bjson_schema\x18\x03 \x01(\x0b\x32#.creditmesh.llm.v1.JsonSchemaFormatH\x00\x42\x0f\n\x06\x66ormat\x12\x05\xbaH\x02\x08\x01*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\x12\n\x0eROLE_DEVELOPER\x10\x02\x12\r\n\tROLE_USER\x10\x03\x12\x12\n\x0eROLE_ASSISTANT\x10\x04\x12\r\n\tROLE_TOOL\x10\x05*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*\xa3\x01\n\x0fReasoningEffort\x12 \n\x1cREASONING_EFFORT_UNSPECIFIED\x10\x00\x12\x1c\n\x18REASONING_EFFORT_MINIMAL\x10\x01\x12\x18\n\x14REASONING_EFFORT_LOW\x10\x02\x12\x1b\n\x17REASONING_EFFORT_MEDIUM\x10\x03\x12\x19\n\x15REASONING_EFFORT_HIGH\x10\x04*Q\n\x08Thinking\x12\x18\n\x14THINKING_UNSPECIFIED\x10\x00\x12\x14\n\x10THINKING_ENABLED\x10\x01\x12\x15\n\x11THINKING_DISABLED\x10\x02*\x9e\x02\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x12 \n\x1c\x46INISH_REASON_CONTENT_FILTER\x10\x04\x12\"\n\x1e\x46INISH_REASON_CREDIT_EXHAUSTED\x10\x05\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x06\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x07\x12 \n\x1c\x46INISH_REASON_UPSTREAM_ERROR\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63reditmesh/llm/v1/chat.proto\x12\x11\x63reditmesh.llm.v1\x1a\x1b\x62uf/validate/validate.proto\"\x97\x01\n\x05Image\x12\x19\n\x03url\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80@H\x00\x12\x1c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04H\x00\x12\x1a\n\tmime_type\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12(\n\x06\x64\x65tail\x18\x04 \x01(\tB\x18\xbaH\x15r\x13R\x00R\x03lowR\x04highR\x04\x61utoB\x0f\n\x06source\x12\x05\xbaH\x02\x08\x01\"D\n\x05\x41udio\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04\x12\x1f\n\x06\x66ormat\x18\x02 \x01(\tB\x0f\xbaH\x0cr\nR\x03wavR\x03mp3\"^\n\x04\x46ile\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x04\x12\x1c\n\x08\x66ilename\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01\x12\x1c\n\tmime_type\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\xb3\x01\n\x07\x43ontent\x12\x1a\n\x04text\x18\x01 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02H\x00\x12)\n\x05image\x18\x02 \x01(\x0b\x32\x18.creditmesh.llm.v1.ImageH\x00\x12)\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x18.creditmesh.llm.v1.AudioH\x00\x12\'\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x17.creditmesh.llm.v1.FileH\x00\x42\r\n\x04part\x12\x05\xbaH\x02\x08\x01\"Y\n\x08ToolCall\x12\x16\n\x02id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x17\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1c\n\targuments\x18\x03 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@\"\xac\x02\n\x07Message\x12\x31\n\x04role\x18\x01 \x01(\x0e\x32\x17.creditmesh.llm.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.creditmesh.llm.v1.ContentB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x15\n\x04name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12:\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1b.creditmesh.llm.v1.ToolCallB\t\xbaH\x06\x92\x01\x03\x10\x80\x01\x12\x1e\n\x0ctool_call_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\treasoning\x18\x06 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@\x12&\n\x13reasoning_signature\x18\x07 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@\"\x80\x01\n\x04Tool\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$\x12\x1d\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x1d\n\nparameters\x18\x03 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x10\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\x93\x01\n\nToolChoice\x12=\n\x04mode\x18\x01 \x01(\x0e\x32!.creditmesh.llm.v1.ToolChoiceModeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00H\x00\x12\x35\n\rfunction_name\x18\x02 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$H\x00\x42\x0f\n\x06\x63hoice\x12\x05\xbaH\x02\x08\x01\"\x0c\n\nTextFormat\"\x12\n\x10JsonObjectFormat\"k\n\x10JsonSchemaFormat\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[a-zA-Z0-9_-]{1,64}$\x12\x1b\n\x06schema\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x10\x02(\x80\x80\x10\x12\x0e\n\x06strict\x18\x03 \x01(\x08\"\xc8\x01\n\x0eResponseFormat\x12-\n\x04text\x18\x01 \x01(\x0b\x32\x1d.creditmesh.llm.v1.TextFormatH\x00\x12:\n\x0bjson_object\x18\x02 \x01(\x0b\x32#.creditmesh.llm.v1.JsonObjectFormatH\x00\x12:\n\x0bjson_schema\x18\x03 \x01(\x0b\x32#.creditmesh.llm.v1.JsonSchemaFormatH\x00\x42\x0f\n\x06\x66ormat\x12\x05\xbaH\x02\x08\x01*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\x12\n\x0eROLE_DEVELOPER\x10\x02\x12\r\n\tROLE_USER\x10\x03\x12\x12\n\x0eROLE_ASSISTANT\x10\x04\x12\r\n\tROLE_TOOL\x10\x05*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*\xa3\x01\n\x0fReasoningEffort\x12 \n\x1cREASONING_EFFORT_UNSPECIFIED\x10\x00\x12\x1c\n\x18REASONING_EFFORT_MINIMAL\x10\x01\x12\x18\n\x14REASONING_EFFORT_LOW\x10\x02\x12\x1b\n\x17REASONING_EFFORT_MEDIUM\x10\x03\x12\x19\n\x15REASONING_EFFORT_HIGH\x10\x04*Q\n\x08Thinking\x12\x18\n\x14THINKING_UNSPECIFIED\x10\x00\x12\x14\n\x10THINKING_ENABLED\x10\x01\x12\x15\n\x11THINKING_DISABLED\x10\x02*\x9e\x02\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x12 \n\x1c\x46INISH_REASON_CONTENT_FILTER\x10\x04\x12\"\n\x1e\x46INISH_REASON_CREDIT_EXHAUSTED\x10\x05\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x06\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x07\x12 \n\x1c\x46INISH_REASON_UPSTREAM_ERROR\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -74,6 +74,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE'].fields_by_name['tool_call_id']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_MESSAGE'].fields_by_name['reasoning']._loaded_options = None
   _globals['_MESSAGE'].fields_by_name['reasoning']._serialized_options = b'\272H\006r\004(\200\200@'
+  _globals['_MESSAGE'].fields_by_name['reasoning_signature']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['reasoning_signature']._serialized_options = b'\272H\006r\004(\200\200@'
   _globals['_TOOL'].fields_by_name['name']._loaded_options = None
   _globals['_TOOL'].fields_by_name['name']._serialized_options = b'\272H\031r\0272\025^[a-zA-Z0-9_-]{1,64}$'
   _globals['_TOOL'].fields_by_name['description']._loaded_options = None
@@ -92,16 +94,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JSONSCHEMAFORMAT'].fields_by_name['schema']._serialized_options = b'\272H\010r\006\020\002(\200\200\020'
   _globals['_RESPONSEFORMAT'].oneofs_by_name['format']._loaded_options = None
   _globals['_RESPONSEFORMAT'].oneofs_by_name['format']._serialized_options = b'\272H\002\010\001'
-  _globals['_ROLE']._serialized_start=1563
-  _globals['_ROLE']._serialized_end=1678
-  _globals['_TOOLCHOICEMODE']._serialized_start=1681
-  _globals['_TOOLCHOICEMODE']._serialized_end=1816
-  _globals['_REASONINGEFFORT']._serialized_start=1819
-  _globals['_REASONINGEFFORT']._serialized_end=1982
-  _globals['_THINKING']._serialized_start=1984
-  _globals['_THINKING']._serialized_end=2065
-  _globals['_FINISHREASON']._serialized_start=2068
-  _globals['_FINISHREASON']._serialized_end=2354
+  _globals['_ROLE']._serialized_start=1603
+  _globals['_ROLE']._serialized_end=1718
+  _globals['_TOOLCHOICEMODE']._serialized_start=1721
+  _globals['_TOOLCHOICEMODE']._serialized_end=1856
+  _globals['_REASONINGEFFORT']._serialized_start=1859
+  _globals['_REASONINGEFFORT']._serialized_end=2022
+  _globals['_THINKING']._serialized_start=2024
+  _globals['_THINKING']._serialized_end=2105
+  _globals['_FINISHREASON']._serialized_start=2108
+  _globals['_FINISHREASON']._serialized_end=2394
   _globals['_IMAGE']._serialized_start=81
   _globals['_IMAGE']._serialized_end=232
   _globals['_AUDIO']._serialized_start=234
@@ -113,17 +115,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=582
   _globals['_TOOLCALL']._serialized_end=671
   _globals['_MESSAGE']._serialized_start=674
-  _globals['_MESSAGE']._serialized_end=934
-  _globals['_TOOL']._serialized_start=937
-  _globals['_TOOL']._serialized_end=1065
-  _globals['_TOOLCHOICE']._serialized_start=1068
-  _globals['_TOOLCHOICE']._serialized_end=1215
-  _globals['_TEXTFORMAT']._serialized_start=1217
-  _globals['_TEXTFORMAT']._serialized_end=1229
-  _globals['_JSONOBJECTFORMAT']._serialized_start=1231
-  _globals['_JSONOBJECTFORMAT']._serialized_end=1249
-  _globals['_JSONSCHEMAFORMAT']._serialized_start=1251
-  _globals['_JSONSCHEMAFORMAT']._serialized_end=1358
-  _globals['_RESPONSEFORMAT']._serialized_start=1361
-  _globals['_RESPONSEFORMAT']._serialized_end=1561
+  _globals['_MESSAGE']._serialized_end=974
+  _globals['_TOOL']._serialized_start=977
+  _globals['_TOOL']._serialized_end=1105
+  _globals['_TOOLCHOICE']._serialized_start=1108
+  _globals['_TOOLCHOICE']._serialized_end=1255
+  _globals['_TEXTFORMAT']._serialized_start=1257
+  _globals['_TEXTFORMAT']._serialized_end=1269
+  _globals['_JSONOBJECTFORMAT']._serialized_start=1271
+  _globals['_JSONOBJECTFORMAT']._serialized_end=1289
+  _globals['_JSONSCHEMAFORMAT']._serialized_start=1291
+  _globals['_JSONSCHEMAFORMAT']._serialized_end=1398
+  _globals['_RESPONSEFORMAT']._serialized_start=1401
+  _globals['_RESPONSEFORMAT']._serialized_end=1601
 # @@protoc_insertion_point(module_scope)

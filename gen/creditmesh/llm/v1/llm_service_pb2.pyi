@@ -64,6 +64,7 @@ class GenerateRequest(_message.Message):
     THINKING_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model alias, 0..64 characters. Empty = "pro"."""
     max_output_tokens: _builtins.int
@@ -82,6 +83,10 @@ class GenerateRequest(_message.Message):
     """Whether to think first."""
     parallel_tool_calls: _builtins.bool
     """Whether several tools may be asked for at once."""
+    store: _builtins.bool
+    """Whether the answer may be kept, sealed, for repeats of the request. Absent = true. Needs a request_id; never kept for
+    users whose policy forbids it.
+    """
     @_builtins.property
     def billing(self) -> _billing_pb2.BillingContext:
         """Who pays."""
@@ -129,10 +134,11 @@ class GenerateRequest(_message.Message):
         thinking: _chat_pb2.Thinking.ValueType = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        store: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "seed", b"seed", "temperature", b"temperature", "tool_choice", b"tool_choice", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_store", b"_store", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "seed", b"seed", "store", b"store", "temperature", b"temperature", "tool_choice", b"tool_choice", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "messages", b"messages", "metadata", b"metadata", "min_output_tokens", b"min_output_tokens", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "response_format", b"response_format", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "thinking", b"thinking", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_store", b"_store", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "messages", b"messages", "metadata", b"metadata", "min_output_tokens", b"min_output_tokens", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "response_format", b"response_format", "seed", b"seed", "stop", b"stop", "store", b"store", "temperature", b"temperature", "thinking", b"thinking", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_output_tokens: _TypeAlias = _typing.Literal["max_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_output_tokens: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens"]  # noqa: Y015
@@ -142,6 +148,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__store: _TypeAlias = _typing.Literal["store"]  # noqa: Y015
+    _WhichOneofArgType__store: _TypeAlias = _typing.Literal["_store", b"_store"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
@@ -155,6 +163,8 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store) -> _WhichOneofReturnType__store | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
@@ -167,6 +177,26 @@ class GenerateResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CALL_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
@@ -175,6 +205,10 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     CHARGE_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    TIMING_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Identity of the call, a UUIDv7; also the hold id and the event id of its charge."""
     request_id: _builtins.str
@@ -185,6 +219,10 @@ class GenerateResponse(_message.Message):
     """Model that answered, as the model server names it; "local" for the built-in one."""
     replayed: _builtins.bool
     """True when this is the stored answer of an earlier call with the same request_id; nothing new was charged."""
+    attempts: _builtins.int
+    """Model servers that were asked, retries and repairs included."""
+    fallback: _builtins.bool
+    """True when another model than the first choice answered."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
         """The answer; one output."""
@@ -197,6 +235,14 @@ class GenerateResponse(_message.Message):
     def charge(self) -> _billing_pb2.Charge:
         """What was charged."""
 
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Facts about the answer: upstream_finish_reason when it is none that we know; schema_repaired."""
+
+    @_builtins.property
+    def timing(self) -> Global___Timing:
+        """Where the time went."""
+
     def __init__(
         self,
         *,
@@ -208,10 +254,14 @@ class GenerateResponse(_message.Message):
         usage: _billing_pb2.Usage | None = ...,
         charge: _billing_pb2.Charge | None = ...,
         replayed: _builtins.bool = ...,
+        attempts: _builtins.int = ...,
+        fallback: _builtins.bool = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        timing: Global___Timing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "charge", b"charge", "model", b"model", "outputs", b"outputs", "replayed", b"replayed", "request_id", b"request_id", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "call_id", b"call_id", "charge", b"charge", "fallback", b"fallback", "metadata", b"metadata", "model", b"model", "outputs", b"outputs", "replayed", b"replayed", "request_id", b"request_id", "timing", b"timing", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,6 +341,7 @@ class StreamRequest(_message.Message):
     THINKING_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model alias, 0..64 characters. Empty = "pro"."""
     max_output_tokens: _builtins.int
@@ -309,6 +360,10 @@ class StreamRequest(_message.Message):
     """Whether to think first."""
     parallel_tool_calls: _builtins.bool
     """Whether several tools may be asked for at once."""
+    store: _builtins.bool
+    """Whether the answer may be kept, sealed, for repeats of the request. Absent = true. Needs a request_id; never kept for
+    users whose policy forbids it.
+    """
     @_builtins.property
     def billing(self) -> _billing_pb2.BillingContext:
         """Who pays."""
@@ -356,10 +411,11 @@ class StreamRequest(_message.Message):
         thinking: _chat_pb2.Thinking.ValueType = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        store: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "seed", b"seed", "temperature", b"temperature", "tool_choice", b"tool_choice", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_store", b"_store", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "seed", b"seed", "store", b"store", "temperature", b"temperature", "tool_choice", b"tool_choice", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "messages", b"messages", "metadata", b"metadata", "min_output_tokens", b"min_output_tokens", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "response_format", b"response_format", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "thinking", b"thinking", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_seed", b"_seed", "_store", b"_store", "_temperature", b"_temperature", "_top_p", b"_top_p", "billing", b"billing", "max_output_tokens", b"max_output_tokens", "messages", b"messages", "metadata", b"metadata", "min_output_tokens", b"min_output_tokens", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "response_format", b"response_format", "seed", b"seed", "stop", b"stop", "store", b"store", "temperature", b"temperature", "thinking", b"thinking", "tool_choice", b"tool_choice", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_output_tokens: _TypeAlias = _typing.Literal["max_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_output_tokens: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens"]  # noqa: Y015
@@ -369,6 +425,8 @@ class StreamRequest(_message.Message):
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__store: _TypeAlias = _typing.Literal["store"]  # noqa: Y015
+    _WhichOneofArgType__store: _TypeAlias = _typing.Literal["_store", b"_store"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
@@ -381,6 +439,8 @@ class StreamRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store) -> _WhichOneofReturnType__store | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
@@ -482,12 +542,15 @@ class Delta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     TOOL_CALL_DELTA_FIELD_NUMBER: _builtins.int
+    REASONING_SIGNATURE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the output, from 0."""
     text: _builtins.str
     """Text to append."""
     reasoning: _builtins.str
     """Reasoning to append."""
+    reasoning_signature: _builtins.str
+    """Piece of the signature of the reasoning; see Message.reasoning_signature."""
     @_builtins.property
     def tool_call_delta(self) -> Global___ToolCallDelta:
         """Piece of a tool call to append."""
@@ -499,10 +562,11 @@ class Delta(_message.Message):
         text: _builtins.str = ...,
         reasoning: _builtins.str = ...,
         tool_call_delta: Global___ToolCallDelta | None = ...,
+        reasoning_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tool_call_delta", b"tool_call_delta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "reasoning", b"reasoning", "text", b"text", "tool_call_delta", b"tool_call_delta"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "reasoning", b"reasoning", "reasoning_signature", b"reasoning_signature", "text", b"text", "tool_call_delta", b"tool_call_delta"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,15 +612,42 @@ class Finished(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     CHARGE_FIELD_NUMBER: _builtins.int
     UPSTREAM_MODEL_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     finish_reason: _chat_pb2.FinishReason.ValueType
     """Why it ended."""
     upstream_model: _builtins.str
     """Model that answered, as the model server names it."""
+    attempts: _builtins.int
+    """Model servers that were asked, retries and repairs included."""
+    fallback: _builtins.bool
+    """True when another model than the first choice answered."""
     @_builtins.property
     def usage(self) -> _billing_pb2.Usage:
         """What was used."""
@@ -569,6 +660,10 @@ class Finished(_message.Message):
     def timing(self) -> Global___Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Facts about the answer: upstream_finish_reason when it is none that we know; schema_repaired."""
+
     def __init__(
         self,
         *,
@@ -577,10 +672,13 @@ class Finished(_message.Message):
         charge: _billing_pb2.Charge | None = ...,
         upstream_model: _builtins.str = ...,
         timing: Global___Timing | None = ...,
+        attempts: _builtins.int = ...,
+        fallback: _builtins.bool = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "finish_reason", b"finish_reason", "timing", b"timing", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "charge", b"charge", "fallback", b"fallback", "finish_reason", b"finish_reason", "metadata", b"metadata", "timing", b"timing", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,6 +693,7 @@ class Timing(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hold(self) -> _duration_pb2.Duration:
         """From arrival to the granted hold."""
@@ -607,20 +706,158 @@ class Timing(_message.Message):
     def total(self) -> _duration_pb2.Duration:
         """From arrival to the end, settlement included."""
 
+    @_builtins.property
+    def queue(self) -> _duration_pb2.Duration:
+        """Spent waiting for a place below a limit."""
+
     def __init__(
         self,
         *,
         hold: _duration_pb2.Duration | None = ...,
         first_token: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
+        queue: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "hold", b"hold", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "hold", b"hold", "queue", b"queue", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "hold", b"hold", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "hold", b"hold", "queue", b"queue", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timing: _TypeAlias = Timing  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """Texts to embed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BILLING_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model alias, 0..64 characters. Empty = "embedding"."""
+    dimensions: _builtins.int
+    """Length of the vectors, 1..8192, where the model can choose. Absent = the model's own."""
+    store: _builtins.bool
+    """Whether the answer may be kept, sealed, for repeats of the request. Absent = true."""
+    @_builtins.property
+    def billing(self) -> _billing_pb2.BillingContext:
+        """Who pays."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts, 1..2048 of 1..1 048 576 bytes."""
+
+    def __init__(
+        self,
+        *,
+        billing: _billing_pb2.BillingContext | None = ...,
+        model: _builtins.str = ...,
+        inputs: _abc.Iterable[_builtins.str] | None = ...,
+        dimensions: _builtins.int | None = ...,
+        store: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_store", b"_store", "billing", b"billing", "dimensions", b"dimensions", "store", b"store"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_store", b"_store", "billing", b"billing", "dimensions", b"dimensions", "inputs", b"inputs", "model", b"model", "store", b"store"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
+    _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    _WhichOneofReturnType__store: _TypeAlias = _typing.Literal["store"]  # noqa: Y015
+    _WhichOneofArgType__store: _TypeAlias = _typing.Literal["_store", b"_store"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store) -> _WhichOneofReturnType__store | None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class Embedding(_message.Message):
+    """One vector."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Number of the input, from 0."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Its vector."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """The vectors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    CHARGE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    UPSTREAM_MODEL_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    """Identity of the call, a UUIDv7; also the hold id and the event id of its charge."""
+    request_id: _builtins.str
+    """Idempotency key that was given or made."""
+    model: _builtins.str
+    """Alias that was asked for."""
+    upstream_model: _builtins.str
+    """Model that answered, as the model server names it."""
+    replayed: _builtins.bool
+    """True when this is the stored answer of an earlier call with the same request_id; nothing new was charged."""
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]:
+        """One for each input, in order."""
+
+    @_builtins.property
+    def usage(self) -> _billing_pb2.Usage:
+        """What was used: input tokens only."""
+
+    @_builtins.property
+    def charge(self) -> _billing_pb2.Charge:
+        """What was charged."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        embeddings: _abc.Iterable[Global___Embedding] | None = ...,
+        usage: _billing_pb2.Usage | None = ...,
+        charge: _billing_pb2.Charge | None = ...,
+        request_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        upstream_model: _builtins.str = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "charge", b"charge", "embeddings", b"embeddings", "model", b"model", "replayed", b"replayed", "request_id", b"request_id", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class GetCallRequest(_message.Message):
@@ -821,19 +1058,23 @@ class CountTokensResponse(_message.Message):
 
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     UPPER_BOUND_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     """Best estimate."""
     upper_bound_tokens: _builtins.int
     """What a hold would be made for."""
+    tokenizer: _builtins.str
+    """How it was counted: o200k_base or cl100k_base exactly, or an estimate for another family, e.g. "claude (estimated)"."""
     def __init__(
         self,
         *,
         input_tokens: _builtins.int = ...,
         upper_bound_tokens: _builtins.int = ...,
+        tokenizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "upper_bound_tokens", b"upper_bound_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "tokenizer", b"tokenizer", "upper_bound_tokens", b"upper_bound_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

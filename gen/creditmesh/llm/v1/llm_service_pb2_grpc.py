@@ -45,6 +45,11 @@ class LLMServiceStub:
                 request_serializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/creditmesh.llm.v1.LLMService/Embed',
+                request_serializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.GetCall = channel.unary_unary(
                 '/creditmesh.llm.v1.LLMService/GetCall',
                 request_serializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.GetCallRequest.SerializeToString,
@@ -80,6 +85,13 @@ class LLMServiceServicer:
 
     def Stream(self, request, context):
         """Runs a call and streams the answer: started, deltas, finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns texts into vectors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +137,11 @@ def add_LLMServiceServicer_to_server(servicer, server):
                     servicer.Stream,
                     request_deserializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamRequest.FromString,
                     response_serializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedRequest.FromString,
+                    response_serializer=creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedResponse.SerializeToString,
             ),
             'GetCall': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCall,
@@ -202,6 +219,33 @@ class LLMService:
             '/creditmesh.llm.v1.LLMService/Stream',
             creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamRequest.SerializeToString,
             creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.StreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.llm.v1.LLMService/Embed',
+            creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedRequest.SerializeToString,
+            creditmesh_dot_llm_dot_v1_dot_llm__service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,8 @@ class LLMServiceStub:
     """Runs a call and answers when it is complete."""
     Stream: _aio.UnaryStreamMultiCallable[_llm_service_pb2.StreamRequest, _llm_service_pb2.StreamResponse]
     """Runs a call and streams the answer: started, deltas, finished."""
+    Embed: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.EmbedRequest, _llm_service_pb2.EmbedResponse]
+    """Turns texts into vectors."""
     GetCall: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.GetCallRequest, _llm_service_pb2.GetCallResponse]
     """What became of a call; no content."""
     ListCalls: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.ListCallsRequest, _llm_service_pb2.ListCallsResponse]
@@ -47,6 +49,14 @@ class LLMServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_llm_service_pb2.StreamRequest, _abc.AsyncIterator[_llm_service_pb2.StreamResponse]],
     ) -> _abc.AsyncIterator[_llm_service_pb2.StreamResponse]:
         """Runs a call and streams the answer: started, deltas, finished."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _llm_service_pb2.EmbedRequest,
+        context: _aio.ServicerContext[_llm_service_pb2.EmbedRequest, _abc.Awaitable[_llm_service_pb2.EmbedResponse]],
+    ) -> _abc.Awaitable[_llm_service_pb2.EmbedResponse]:
+        """Turns texts into vectors."""
 
     @_abc_1.abstractmethod
     def GetCall(

@@ -23,12 +23,14 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from creditmesh.common.v1 import billing_pb2 as creditmesh_dot_common_dot_v1_dot_billing__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%creditmesh/llm/v1/model_service.proto\x12\x11\x63reditmesh.llm.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x01\n\x08Timeouts\x12\x39\n\x07\x63onnect\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xd8\x04*\x00\x12=\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c*\x00\x12\x36\n\x04idle\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c*\x00\x12\x38\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xa3\x05*\x00\"\x9e\x06\n\x05Model\x12\x19\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12#\n\x05\x61lias\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x39\n\x08provider\x18\x03 \x01(\x0e\x32\x1b.creditmesh.llm.v1.ProviderB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12:\n\x08\x62\x61se_url\x18\x04 \x01(\tB(\xbaH%r#\x18\x80\x10\x32\x1e^(https?://[^\\s\\x00-\\x20@]+)?$\x12-\n\x0eupstream_model\x18\x05 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12)\n\x07\x61pi_key\x18\x06 \x01(\tB\x18\xbaH\x15r\x13\x18\x80 2\x0e^[\\x21-\\x7E]*$\x12\x0e\n\x06\x61\x63tive\x18\x07 \x01(\x08\x12\x1c\n\x08priority\x18\x08 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1a\n\x06weight\x18\t \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12$\n\x0e\x63ontext_window\x18\n \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x00\x12&\n\x11max_output_tokens\x18\x0b \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12-\n\x08timeouts\x18\x0c \x01(\x0b\x32\x1b.creditmesh.llm.v1.Timeouts\x12|\n\rextra_headers\x18\r \x03(\x0b\x32*.creditmesh.llm.v1.Model.ExtraHeadersEntryB9\xbaH6\x9a\x01\x33\x10\x10\"\x18r\x16\x32\x14^[A-Za-z0-9-]{1,64}$*\x15r\x13\x18\x80\x08\x32\x0e^[\\x20-\\x7E]*$\x12*\n\x0eprice_provider\x18\x0e \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12.\n\ncreated_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11\x45xtraHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x14RegisterModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.ModelB\x06\xbaH\x03\xc8\x01\x01\x12,\n\x0fidempotency_key\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\"@\n\x15RegisterModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"-\n\x0fGetModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"s\n\x11ListModelsRequest\x12!\n\x05\x61lias\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"W\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.creditmesh.llm.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"~\n\x12UpdateModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.ModelB\x06\xbaH\x03\xd8\x01\x03\x12\x37\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01\">\n\x13UpdateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"0\n\x12\x44\x65leteModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x15\n\x13\x44\x65leteModelResponse\"E\n\x14\x41\x63tivateModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x11\n\texclusive\x18\x02 \x01(\x08\"@\n\x15\x41\x63tivateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"4\n\x16\x44\x65\x61\x63tivateModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"B\n\x17\x44\x65\x61\x63tivateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model*R\n\x08Provider\x12\x18\n\x14PROVIDER_UNSPECIFIED\x10\x00\x12\x12\n\x0ePROVIDER_LOCAL\x10\x01\x12\x18\n\x14PROVIDER_OPENAI_CHAT\x10\x02\x32\xac\x05\n\x0cModelService\x12\x62\n\rRegisterModel\x12\'.creditmesh.llm.v1.RegisterModelRequest\x1a(.creditmesh.llm.v1.RegisterModelResponse\x12S\n\x08GetModel\x12\".creditmesh.llm.v1.GetModelRequest\x1a#.creditmesh.llm.v1.GetModelResponse\x12Y\n\nListModels\x12$.creditmesh.llm.v1.ListModelsRequest\x1a%.creditmesh.llm.v1.ListModelsResponse\x12\\\n\x0bUpdateModel\x12%.creditmesh.llm.v1.UpdateModelRequest\x1a&.creditmesh.llm.v1.UpdateModelResponse\x12\\\n\x0b\x44\x65leteModel\x12%.creditmesh.llm.v1.DeleteModelRequest\x1a&.creditmesh.llm.v1.DeleteModelResponse\x12\x62\n\rActivateModel\x12\'.creditmesh.llm.v1.ActivateModelRequest\x1a(.creditmesh.llm.v1.ActivateModelResponse\x12h\n\x0f\x44\x65\x61\x63tivateModel\x12).creditmesh.llm.v1.DeactivateModelRequest\x1a*.creditmesh.llm.v1.DeactivateModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%creditmesh/llm/v1/model_service.proto\x12\x11\x63reditmesh.llm.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\"creditmesh/common/v1/billing.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x01\n\x08Timeouts\x12\x39\n\x07\x63onnect\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xd8\x04*\x00\x12=\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c*\x00\x12\x36\n\x04idle\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c*\x00\x12\x38\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xa3\x05*\x00\"e\n\x06Limits\x12$\n\x0fmax_concurrency\x18\x01 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12\x19\n\x03rpm\x18\x02 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xc2\xd7/(\x00\x12\x1a\n\x03tpm\x18\x03 \x01(\x05\x42\r\xbaH\n\x1a\x08\x18\x80\x94\xeb\xdc\x03(\x00\"\x84\x02\n\x0c\x43\x61pabilities\x12\x12\n\x05tools\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x18\n\x0bjson_object\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x13\n\x06images\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x12\n\x05\x61udio\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x12\n\x05\x66iles\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x17\n\nembeddings\x18\x07 \x01(\x08H\x06\x88\x01\x01\x42\x08\n\x06_toolsB\x0e\n\x0c_json_schemaB\x0e\n\x0c_json_objectB\t\n\x07_imagesB\x08\n\x06_audioB\x08\n\x06_filesB\r\n\x0b_embeddings\"\xbd\x05\n\x06Quirks\x12J\n\x06server\x18\x01 \x01(\tB:\xbaH7r5R\x00R\x06openaiR\x05\x61zureR\x08\x64\x65\x65pseekR\x04vllmR\x06ollamaR\nopenrouter\x12\x44\n\x10max_tokens_field\x18\x02 \x01(\tB*\xbaH\'r%R\x00R\nmax_tokensR\x15max_completion_tokens\x12\x31\n\x04path\x18\x03 \x01(\tB#\xbaH r\x1e\x18\x80\x02\x32\x19^(/[A-Za-z0-9._~/{}-]*)?$\x12\x31\n\x0b\x61pi_version\x18\x04 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^[A-Za-z0-9.-]{0,32}$\x12?\n\x0b\x61uth_header\x18\x05 \x01(\tB*\xbaH\'r%R\x00R\rauthorizationR\x07\x61pi-keyR\tx-api-key\x12\x32\n\x0e\x64\x65veloper_role\x18\x06 \x01(\tB\x1a\xbaH\x17r\x15R\x00R\tdeveloperR\x06system\x12\x1c\n\x0fno_stream_usage\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x38\n\rusage_arrival\x18\x08 \x01(\tB!\xbaH\x1er\x1cR\x00R\x05\x66inalR\ncumulativeR\x05\x64\x65lta\x12\x44\n\x0freasoning_field\x18\t \x01(\tB+\xbaH(r&R\x00R\x04noneR\x11reasoning_contentR\treasoning\x12\x61\n\x0ethinking_field\x18\n \x01(\tBI\xbaHFrDR\x00R\x08thinkingR\x0f\x65nable_thinkingR\x14\x63hat_template_kwargsR\treasoningR\x04none\x12\x31\n\x0b\x64rop_params\x18\x0b \x03(\tB\x1c\xbaH\x19\x92\x01\x16\x10\x10\"\x12r\x10\x32\x0e^[a-z_]{1,64}$B\x12\n\x10_no_stream_usage\"\xca\t\n\x05Model\x12\x19\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12#\n\x05\x61lias\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12\x39\n\x08provider\x18\x03 \x01(\x0e\x32\x1b.creditmesh.llm.v1.ProviderB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12:\n\x08\x62\x61se_url\x18\x04 \x01(\tB(\xbaH%r#\x18\x80\x10\x32\x1e^(https?://[^\\s\\x00-\\x20@]+)?$\x12-\n\x0eupstream_model\x18\x05 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12)\n\x07\x61pi_key\x18\x06 \x01(\tB\x18\xbaH\x15r\x13\x18\x80 2\x0e^[\\x21-\\x7E]*$\x12\x0e\n\x06\x61\x63tive\x18\x07 \x01(\x08\x12\x1c\n\x08priority\x18\x08 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1a\n\x06weight\x18\t \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12$\n\x0e\x63ontext_window\x18\n \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\x80\xad\xe2\x04(\x00\x12&\n\x11max_output_tokens\x18\x0b \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xc0\x84=(\x00\x12-\n\x08timeouts\x18\x0c \x01(\x0b\x32\x1b.creditmesh.llm.v1.Timeouts\x12|\n\rextra_headers\x18\r \x03(\x0b\x32*.creditmesh.llm.v1.Model.ExtraHeadersEntryB9\xbaH6\x9a\x01\x33\x10\x10\"\x18r\x16\x32\x14^[A-Za-z0-9-]{1,64}$*\x15r\x13\x18\x80\x08\x32\x0e^[\\x20-\\x7E]*$\x12*\n\x0eprice_provider\x18\x0e \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12.\n\ncreated_at\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06limits\x18\x11 \x01(\x0b\x32\x19.creditmesh.llm.v1.Limits\x12\x35\n\x0c\x63\x61pabilities\x18\x12 \x01(\x0b\x32\x1f.creditmesh.llm.v1.Capabilities\x12/\n\x0e\x64\x65\x66\x61ult_params\x18\x13 \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x06quirks\x18\x14 \x01(\x0b\x32\x19.creditmesh.llm.v1.Quirks\x12=\n\x0bhedge_after\x18\x15 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xd8\x04*\x00\x12#\n\x0bmax_retries\x18\x16 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\n(\x00H\x00\x88\x01\x01\x12\x1d\n\x15\x62ills_failed_attempts\x18\x17 \x01(\x08\x12Y\n\ttokenizer\x18\x18 \x01(\tBF\xbaHCrAR\x00R\x05o200kR\x06\x63l100kR\x06\x63laudeR\x08\x64\x65\x65pseekR\x04qwenR\x07mistralR\x05llamaR\x06gemini\x1a\x33\n\x11\x45xtraHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_max_retries\"u\n\x14RegisterModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.ModelB\x06\xbaH\x03\xc8\x01\x01\x12,\n\x0fidempotency_key\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\"@\n\x15RegisterModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"-\n\x0fGetModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"s\n\x11ListModelsRequest\x12!\n\x05\x61lias\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xf4\x03(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"W\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.creditmesh.llm.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"~\n\x12UpdateModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.ModelB\x06\xbaH\x03\xd8\x01\x03\x12\x37\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskB\x06\xbaH\x03\xc8\x01\x01\">\n\x13UpdateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"0\n\x12\x44\x65leteModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\x15\n\x13\x44\x65leteModelResponse\"E\n\x14\x41\x63tivateModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x11\n\texclusive\x18\x02 \x01(\x08\"@\n\x15\x41\x63tivateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\"4\n\x16\x44\x65\x61\x63tivateModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"B\n\x17\x44\x65\x61\x63tivateModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\".\n\x10TestModelRequest\x12\x1a\n\x08model_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"\xfa\x01\n\x11TestModelResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12.\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07latency\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.creditmesh.common.v1.Usage\x12\x16\n\x0eupstream_model\x18\x05 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x13\n\x0bhttp_status\x18\x08 \x01(\x05\"7\n\x12WatchModelsRequest\x12!\n\x05\x61lias\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\"q\n\x13WatchModelsResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.creditmesh.llm.v1.Model\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\x12\x0e\n\x06synced\x18\x03 \x01(\x08\x12\x10\n\x08revision\x18\x04 \x01(\x03*\x89\x01\n\x08Provider\x12\x18\n\x14PROVIDER_UNSPECIFIED\x10\x00\x12\x12\n\x0ePROVIDER_LOCAL\x10\x01\x12\x18\n\x14PROVIDER_OPENAI_CHAT\x10\x02\x12\x1d\n\x19PROVIDER_OPENAI_RESPONSES\x10\x03\x12\x16\n\x12PROVIDER_ANTHROPIC\x10\x04\x32\xe4\x06\n\x0cModelService\x12\x62\n\rRegisterModel\x12\'.creditmesh.llm.v1.RegisterModelRequest\x1a(.creditmesh.llm.v1.RegisterModelResponse\x12S\n\x08GetModel\x12\".creditmesh.llm.v1.GetModelRequest\x1a#.creditmesh.llm.v1.GetModelResponse\x12Y\n\nListModels\x12$.creditmesh.llm.v1.ListModelsRequest\x1a%.creditmesh.llm.v1.ListModelsResponse\x12\\\n\x0bUpdateModel\x12%.creditmesh.llm.v1.UpdateModelRequest\x1a&.creditmesh.llm.v1.UpdateModelResponse\x12\\\n\x0b\x44\x65leteModel\x12%.creditmesh.llm.v1.DeleteModelRequest\x1a&.creditmesh.llm.v1.DeleteModelResponse\x12\x62\n\rActivateModel\x12\'.creditmesh.llm.v1.ActivateModelRequest\x1a(.creditmesh.llm.v1.ActivateModelResponse\x12h\n\x0f\x44\x65\x61\x63tivateModel\x12).creditmesh.llm.v1.DeactivateModelRequest\x1a*.creditmesh.llm.v1.DeactivateModelResponse\x12V\n\tTestModel\x12#.creditmesh.llm.v1.TestModelRequest\x1a$.creditmesh.llm.v1.TestModelResponse\x12^\n\x0bWatchModels\x12%.creditmesh.llm.v1.WatchModelsRequest\x1a&.creditmesh.llm.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +45,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMEOUTS'].fields_by_name['idle']._serialized_options = b'\272H\n\252\001\007\"\003\010\220\034*\000'
   _globals['_TIMEOUTS'].fields_by_name['total']._loaded_options = None
   _globals['_TIMEOUTS'].fields_by_name['total']._serialized_options = b'\272H\013\252\001\010\"\004\010\200\243\005*\000'
+  _globals['_LIMITS'].fields_by_name['max_concurrency']._loaded_options = None
+  _globals['_LIMITS'].fields_by_name['max_concurrency']._serialized_options = b'\272H\010\032\006\030\300\204=(\000'
+  _globals['_LIMITS'].fields_by_name['rpm']._loaded_options = None
+  _globals['_LIMITS'].fields_by_name['rpm']._serialized_options = b'\272H\t\032\007\030\200\302\327/(\000'
+  _globals['_LIMITS'].fields_by_name['tpm']._loaded_options = None
+  _globals['_LIMITS'].fields_by_name['tpm']._serialized_options = b'\272H\n\032\010\030\200\224\353\334\003(\000'
+  _globals['_QUIRKS'].fields_by_name['server']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['server']._serialized_options = b'\272H7r5R\000R\006openaiR\005azureR\010deepseekR\004vllmR\006ollamaR\nopenrouter'
+  _globals['_QUIRKS'].fields_by_name['max_tokens_field']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['max_tokens_field']._serialized_options = b'\272H\'r%R\000R\nmax_tokensR\025max_completion_tokens'
+  _globals['_QUIRKS'].fields_by_name['path']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['path']._serialized_options = b'\272H r\036\030\200\0022\031^(/[A-Za-z0-9._~/{}-]*)?$'
+  _globals['_QUIRKS'].fields_by_name['api_version']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['api_version']._serialized_options = b'\272H\031r\0272\025^[A-Za-z0-9.-]{0,32}$'
+  _globals['_QUIRKS'].fields_by_name['auth_header']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['auth_header']._serialized_options = b'\272H\'r%R\000R\rauthorizationR\007api-keyR\tx-api-key'
+  _globals['_QUIRKS'].fields_by_name['developer_role']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['developer_role']._serialized_options = b'\272H\027r\025R\000R\tdeveloperR\006system'
+  _globals['_QUIRKS'].fields_by_name['usage_arrival']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['usage_arrival']._serialized_options = b'\272H\036r\034R\000R\005finalR\ncumulativeR\005delta'
+  _globals['_QUIRKS'].fields_by_name['reasoning_field']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['reasoning_field']._serialized_options = b'\272H(r&R\000R\004noneR\021reasoning_contentR\treasoning'
+  _globals['_QUIRKS'].fields_by_name['thinking_field']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['thinking_field']._serialized_options = b'\272HFrDR\000R\010thinkingR\017enable_thinkingR\024chat_template_kwargsR\treasoningR\004none'
+  _globals['_QUIRKS'].fields_by_name['drop_params']._loaded_options = None
+  _globals['_QUIRKS'].fields_by_name['drop_params']._serialized_options = b'\272H\031\222\001\026\020\020\"\022r\0202\016^[a-z_]{1,64}$'
   _globals['_MODEL_EXTRAHEADERSENTRY']._loaded_options = None
   _globals['_MODEL_EXTRAHEADERSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL'].fields_by_name['model_id']._loaded_options = None
@@ -69,6 +97,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL'].fields_by_name['extra_headers']._serialized_options = b'\272H6\232\0013\020\020\"\030r\0262\024^[A-Za-z0-9-]{1,64}$*\025r\023\030\200\0102\016^[\\x20-\\x7E]*$'
   _globals['_MODEL'].fields_by_name['price_provider']._loaded_options = None
   _globals['_MODEL'].fields_by_name['price_provider']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
+  _globals['_MODEL'].fields_by_name['hedge_after']._loaded_options = None
+  _globals['_MODEL'].fields_by_name['hedge_after']._serialized_options = b'\272H\n\252\001\007\"\003\010\330\004*\000'
+  _globals['_MODEL'].fields_by_name['max_retries']._loaded_options = None
+  _globals['_MODEL'].fields_by_name['max_retries']._serialized_options = b'\272H\006\032\004\030\n(\000'
+  _globals['_MODEL'].fields_by_name['tokenizer']._loaded_options = None
+  _globals['_MODEL'].fields_by_name['tokenizer']._serialized_options = b'\272HCrAR\000R\005o200kR\006cl100kR\006claudeR\010deepseekR\004qwenR\007mistralR\005llamaR\006gemini'
   _globals['_REGISTERMODELREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_REGISTERMODELREQUEST'].fields_by_name['model']._serialized_options = b'\272H\003\310\001\001'
   _globals['_REGISTERMODELREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
@@ -91,42 +125,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTIVATEMODELREQUEST'].fields_by_name['model_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_DEACTIVATEMODELREQUEST'].fields_by_name['model_id']._loaded_options = None
   _globals['_DEACTIVATEMODELREQUEST'].fields_by_name['model_id']._serialized_options = b'\272H\005r\003\260\001\001'
-  _globals['_PROVIDER']._serialized_start=2261
-  _globals['_PROVIDER']._serialized_end=2343
-  _globals['_TIMEOUTS']._serialized_start=189
-  _globals['_TIMEOUTS']._serialized_end=435
-  _globals['_MODEL']._serialized_start=438
-  _globals['_MODEL']._serialized_end=1236
-  _globals['_MODEL_EXTRAHEADERSENTRY']._serialized_start=1185
-  _globals['_MODEL_EXTRAHEADERSENTRY']._serialized_end=1236
-  _globals['_REGISTERMODELREQUEST']._serialized_start=1238
-  _globals['_REGISTERMODELREQUEST']._serialized_end=1355
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=1357
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=1421
-  _globals['_GETMODELREQUEST']._serialized_start=1423
-  _globals['_GETMODELREQUEST']._serialized_end=1468
-  _globals['_GETMODELRESPONSE']._serialized_start=1470
-  _globals['_GETMODELRESPONSE']._serialized_end=1529
-  _globals['_LISTMODELSREQUEST']._serialized_start=1531
-  _globals['_LISTMODELSREQUEST']._serialized_end=1646
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1648
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1735
-  _globals['_UPDATEMODELREQUEST']._serialized_start=1737
-  _globals['_UPDATEMODELREQUEST']._serialized_end=1863
-  _globals['_UPDATEMODELRESPONSE']._serialized_start=1865
-  _globals['_UPDATEMODELRESPONSE']._serialized_end=1927
-  _globals['_DELETEMODELREQUEST']._serialized_start=1929
-  _globals['_DELETEMODELREQUEST']._serialized_end=1977
-  _globals['_DELETEMODELRESPONSE']._serialized_start=1979
-  _globals['_DELETEMODELRESPONSE']._serialized_end=2000
-  _globals['_ACTIVATEMODELREQUEST']._serialized_start=2002
-  _globals['_ACTIVATEMODELREQUEST']._serialized_end=2071
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=2073
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=2137
-  _globals['_DEACTIVATEMODELREQUEST']._serialized_start=2139
-  _globals['_DEACTIVATEMODELREQUEST']._serialized_end=2191
-  _globals['_DEACTIVATEMODELRESPONSE']._serialized_start=2193
-  _globals['_DEACTIVATEMODELRESPONSE']._serialized_end=2259
-  _globals['_MODELSERVICE']._serialized_start=2346
-  _globals['_MODELSERVICE']._serialized_end=3030
+  _globals['_TESTMODELREQUEST'].fields_by_name['model_id']._loaded_options = None
+  _globals['_TESTMODELREQUEST'].fields_by_name['model_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_WATCHMODELSREQUEST'].fields_by_name['alias']._loaded_options = None
+  _globals['_WATCHMODELSREQUEST'].fields_by_name['alias']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
+  _globals['_PROVIDER']._serialized_start=4299
+  _globals['_PROVIDER']._serialized_end=4436
+  _globals['_TIMEOUTS']._serialized_start=255
+  _globals['_TIMEOUTS']._serialized_end=501
+  _globals['_LIMITS']._serialized_start=503
+  _globals['_LIMITS']._serialized_end=604
+  _globals['_CAPABILITIES']._serialized_start=607
+  _globals['_CAPABILITIES']._serialized_end=867
+  _globals['_QUIRKS']._serialized_start=870
+  _globals['_QUIRKS']._serialized_end=1571
+  _globals['_MODEL']._serialized_start=1574
+  _globals['_MODEL']._serialized_end=2800
+  _globals['_MODEL_EXTRAHEADERSENTRY']._serialized_start=2733
+  _globals['_MODEL_EXTRAHEADERSENTRY']._serialized_end=2784
+  _globals['_REGISTERMODELREQUEST']._serialized_start=2802
+  _globals['_REGISTERMODELREQUEST']._serialized_end=2919
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=2921
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=2985
+  _globals['_GETMODELREQUEST']._serialized_start=2987
+  _globals['_GETMODELREQUEST']._serialized_end=3032
+  _globals['_GETMODELRESPONSE']._serialized_start=3034
+  _globals['_GETMODELRESPONSE']._serialized_end=3093
+  _globals['_LISTMODELSREQUEST']._serialized_start=3095
+  _globals['_LISTMODELSREQUEST']._serialized_end=3210
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3212
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3299
+  _globals['_UPDATEMODELREQUEST']._serialized_start=3301
+  _globals['_UPDATEMODELREQUEST']._serialized_end=3427
+  _globals['_UPDATEMODELRESPONSE']._serialized_start=3429
+  _globals['_UPDATEMODELRESPONSE']._serialized_end=3491
+  _globals['_DELETEMODELREQUEST']._serialized_start=3493
+  _globals['_DELETEMODELREQUEST']._serialized_end=3541
+  _globals['_DELETEMODELRESPONSE']._serialized_start=3543
+  _globals['_DELETEMODELRESPONSE']._serialized_end=3564
+  _globals['_ACTIVATEMODELREQUEST']._serialized_start=3566
+  _globals['_ACTIVATEMODELREQUEST']._serialized_end=3635
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=3637
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=3701
+  _globals['_DEACTIVATEMODELREQUEST']._serialized_start=3703
+  _globals['_DEACTIVATEMODELREQUEST']._serialized_end=3755
+  _globals['_DEACTIVATEMODELRESPONSE']._serialized_start=3757
+  _globals['_DEACTIVATEMODELRESPONSE']._serialized_end=3823
+  _globals['_TESTMODELREQUEST']._serialized_start=3825
+  _globals['_TESTMODELREQUEST']._serialized_end=3871
+  _globals['_TESTMODELRESPONSE']._serialized_start=3874
+  _globals['_TESTMODELRESPONSE']._serialized_end=4124
+  _globals['_WATCHMODELSREQUEST']._serialized_start=4126
+  _globals['_WATCHMODELSREQUEST']._serialized_end=4181
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=4183
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=4296
+  _globals['_MODELSERVICE']._serialized_start=4439
+  _globals['_MODELSERVICE']._serialized_end=5307
 # @@protoc_insertion_point(module_scope)

@@ -4,10 +4,12 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from creditmesh.common.v1 import billing_pb2 as _billing_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -34,6 +36,10 @@ class _ProviderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Provider.Val
     """Built in: offline, deterministic, paced."""
     PROVIDER_OPENAI_CHAT: _Provider.ValueType  # 2
     """OpenAI chat completions, by any server that speaks it."""
+    PROVIDER_OPENAI_RESPONSES: _Provider.ValueType  # 3
+    """OpenAI Responses: items and events."""
+    PROVIDER_ANTHROPIC: _Provider.ValueType  # 4
+    """Anthropic Messages."""
 
 class Provider(_Provider, metaclass=_ProviderEnumTypeWrapper):
     """How a model is spoken to."""
@@ -44,6 +50,10 @@ PROVIDER_LOCAL: Provider.ValueType  # 1
 """Built in: offline, deterministic, paced."""
 PROVIDER_OPENAI_CHAT: Provider.ValueType  # 2
 """OpenAI chat completions, by any server that speaks it."""
+PROVIDER_OPENAI_RESPONSES: Provider.ValueType  # 3
+"""OpenAI Responses: items and events."""
+PROVIDER_ANTHROPIC: Provider.ValueType  # 4
+"""Anthropic Messages."""
 Global___Provider: _TypeAlias = Provider  # noqa: Y015
 
 @_typing.final
@@ -89,6 +99,177 @@ class Timeouts(_message.Message):
 Global___Timeouts: _TypeAlias = Timeouts  # noqa: Y015
 
 @_typing.final
+class Limits(_message.Message):
+    """What may run at once and per minute. 0 = not limited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    RPM_FIELD_NUMBER: _builtins.int
+    TPM_FIELD_NUMBER: _builtins.int
+    max_concurrency: _builtins.int
+    """Calls at once, 0..1 000 000."""
+    rpm: _builtins.int
+    """Calls per minute, 0..100 000 000."""
+    tpm: _builtins.int
+    """Tokens per minute, input and output, 0..1 000 000 000. A call takes its most, and gives back what it did not use."""
+    def __init__(
+        self,
+        *,
+        max_concurrency: _builtins.int = ...,
+        rpm: _builtins.int = ...,
+        tpm: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_concurrency", b"max_concurrency", "rpm", b"rpm", "tpm", b"tpm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class Capabilities(_message.Message):
+    """What a model can do. Absent = what its provider usually can."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOOLS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    AUDIO_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    tools: _builtins.bool
+    """Tools."""
+    json_schema: _builtins.bool
+    """Answers held to a JSON Schema by the model server; without it the model is instructed, and we check."""
+    json_object: _builtins.bool
+    """Answers held to be JSON objects by the model server; without it the model is instructed."""
+    images: _builtins.bool
+    """Images as input."""
+    audio: _builtins.bool
+    """Sound as input."""
+    files: _builtins.bool
+    """Documents as input."""
+    embeddings: _builtins.bool
+    """Embeddings."""
+    def __init__(
+        self,
+        *,
+        tools: _builtins.bool | None = ...,
+        json_schema: _builtins.bool | None = ...,
+        json_object: _builtins.bool | None = ...,
+        images: _builtins.bool | None = ...,
+        audio: _builtins.bool | None = ...,
+        files: _builtins.bool | None = ...,
+        embeddings: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_audio", b"_audio", "_embeddings", b"_embeddings", "_files", b"_files", "_images", b"_images", "_json_object", b"_json_object", "_json_schema", b"_json_schema", "_tools", b"_tools", "audio", b"audio", "embeddings", b"embeddings", "files", b"files", "images", b"images", "json_object", b"json_object", "json_schema", b"json_schema", "tools", b"tools"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_audio", b"_audio", "_embeddings", b"_embeddings", "_files", b"_files", "_images", b"_images", "_json_object", b"_json_object", "_json_schema", b"_json_schema", "_tools", b"_tools", "audio", b"audio", "embeddings", b"embeddings", "files", b"files", "images", b"images", "json_object", b"json_object", "json_schema", b"json_schema", "tools", b"tools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__audio: _TypeAlias = _typing.Literal["audio"]  # noqa: Y015
+    _WhichOneofArgType__audio: _TypeAlias = _typing.Literal["_audio", b"_audio"]  # noqa: Y015
+    _WhichOneofReturnType__embeddings: _TypeAlias = _typing.Literal["embeddings"]  # noqa: Y015
+    _WhichOneofArgType__embeddings: _TypeAlias = _typing.Literal["_embeddings", b"_embeddings"]  # noqa: Y015
+    _WhichOneofReturnType__files: _TypeAlias = _typing.Literal["files"]  # noqa: Y015
+    _WhichOneofArgType__files: _TypeAlias = _typing.Literal["_files", b"_files"]  # noqa: Y015
+    _WhichOneofReturnType__images: _TypeAlias = _typing.Literal["images"]  # noqa: Y015
+    _WhichOneofArgType__images: _TypeAlias = _typing.Literal["_images", b"_images"]  # noqa: Y015
+    _WhichOneofReturnType__json_object: _TypeAlias = _typing.Literal["json_object"]  # noqa: Y015
+    _WhichOneofArgType__json_object: _TypeAlias = _typing.Literal["_json_object", b"_json_object"]  # noqa: Y015
+    _WhichOneofReturnType__json_schema: _TypeAlias = _typing.Literal["json_schema"]  # noqa: Y015
+    _WhichOneofArgType__json_schema: _TypeAlias = _typing.Literal["_json_schema", b"_json_schema"]  # noqa: Y015
+    _WhichOneofReturnType__tools: _TypeAlias = _typing.Literal["tools"]  # noqa: Y015
+    _WhichOneofArgType__tools: _TypeAlias = _typing.Literal["_tools", b"_tools"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__audio) -> _WhichOneofReturnType__audio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embeddings) -> _WhichOneofReturnType__embeddings | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__files) -> _WhichOneofReturnType__files | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__images) -> _WhichOneofReturnType__images | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__json_object) -> _WhichOneofReturnType__json_object | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__json_schema) -> _WhichOneofReturnType__json_schema | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tools) -> _WhichOneofReturnType__tools | None: ...
+
+Global___Capabilities: _TypeAlias = Capabilities  # noqa: Y015
+
+@_typing.final
+class Quirks(_message.Message):
+    """In what a model server differs from its protocol's standard. Absent or empty = as the preset `server` says, or standard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    API_VERSION_FIELD_NUMBER: _builtins.int
+    AUTH_HEADER_FIELD_NUMBER: _builtins.int
+    DEVELOPER_ROLE_FIELD_NUMBER: _builtins.int
+    NO_STREAM_USAGE_FIELD_NUMBER: _builtins.int
+    USAGE_ARRIVAL_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_FIELD_NUMBER: _builtins.int
+    THINKING_FIELD_FIELD_NUMBER: _builtins.int
+    DROP_PARAMS_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """Preset: "openai", "azure", "deepseek", "vllm", "ollama", "openrouter"; empty = the standard."""
+    max_tokens_field: _builtins.str
+    """Name of the output bound: "max_tokens" (standard) or "max_completion_tokens"."""
+    path: _builtins.str
+    """Path after base_url instead of the protocol's, 0..256 characters; "{model}" stands for upstream_model."""
+    api_version: _builtins.str
+    """Value of the query parameter api-version, 0..32 characters."""
+    auth_header: _builtins.str
+    """Header that carries the key: "authorization" (standard, as Bearer), "api-key", "x-api-key"."""
+    developer_role: _builtins.str
+    """Role of developer messages: "developer" (standard) or "system"."""
+    no_stream_usage: _builtins.bool
+    """Do not ask for usage in streams (stream_options)."""
+    usage_arrival: _builtins.str
+    """How usage comes in streams: "final" (standard), "cumulative" with every event, "delta" with every event."""
+    reasoning_field: _builtins.str
+    """Field in which earlier reasoning is sent back: "none" (standard), "reasoning_content", "reasoning"."""
+    thinking_field: _builtins.str
+    """How `thinking` is asked for: "thinking" ({"type": "enabled"}, standard), "enable_thinking", "chat_template_kwargs",
+    "reasoning" ({"enabled": true}), "none".
+    """
+    @_builtins.property
+    def drop_params(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Request fields that the server refuses, at most 16."""
+
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        max_tokens_field: _builtins.str = ...,
+        path: _builtins.str = ...,
+        api_version: _builtins.str = ...,
+        auth_header: _builtins.str = ...,
+        developer_role: _builtins.str = ...,
+        no_stream_usage: _builtins.bool | None = ...,
+        usage_arrival: _builtins.str = ...,
+        reasoning_field: _builtins.str = ...,
+        thinking_field: _builtins.str = ...,
+        drop_params: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_no_stream_usage", b"_no_stream_usage", "no_stream_usage", b"no_stream_usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_stream_usage", b"_no_stream_usage", "api_version", b"api_version", "auth_header", b"auth_header", "developer_role", b"developer_role", "drop_params", b"drop_params", "max_tokens_field", b"max_tokens_field", "no_stream_usage", b"no_stream_usage", "path", b"path", "reasoning_field", b"reasoning_field", "server", b"server", "thinking_field", b"thinking_field", "usage_arrival", b"usage_arrival"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__no_stream_usage: _TypeAlias = _typing.Literal["no_stream_usage"]  # noqa: Y015
+    _WhichOneofArgType__no_stream_usage: _TypeAlias = _typing.Literal["_no_stream_usage", b"_no_stream_usage"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__no_stream_usage) -> _WhichOneofReturnType__no_stream_usage | None: ...
+
+Global___Quirks: _TypeAlias = Quirks  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """A model server's model behind an alias."""
 
@@ -130,6 +311,14 @@ class Model(_message.Message):
     PRICE_PROVIDER_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     UPDATED_AT_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    DEFAULT_PARAMS_FIELD_NUMBER: _builtins.int
+    QUIRKS_FIELD_NUMBER: _builtins.int
+    HEDGE_AFTER_FIELD_NUMBER: _builtins.int
+    MAX_RETRIES_FIELD_NUMBER: _builtins.int
+    BILLS_FAILED_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Identity, a UUIDv7 made by the server; ignored on input."""
     alias: _builtins.str
@@ -154,6 +343,12 @@ class Model(_message.Message):
     """Most output tokens, 0..1 000 000. 0 = 4096."""
     price_provider: _builtins.str
     """Provider as price rules name it, 0..64 characters. Empty = the provider's name."""
+    max_retries: _builtins.int
+    """How often it is asked again when it fails before its first token, 0..10. Absent = 2."""
+    bills_failed_attempts: _builtins.bool
+    """Its provider bills attempts that failed: what they reported as used is charged."""
+    tokenizer: _builtins.str
+    """Tokenizer family to count with: o200k, cl100k, claude, deepseek, qwen, mistral, llama, gemini; empty = by upstream_model."""
     @_builtins.property
     def timeouts(self) -> Global___Timeouts:
         """How long to wait."""
@@ -169,6 +364,28 @@ class Model(_message.Message):
     @_builtins.property
     def updated_at(self) -> _timestamp_pb2.Timestamp:
         """When it was changed last."""
+
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """What may run at once and per minute, over all replicas when they share a Redis."""
+
+    @_builtins.property
+    def capabilities(self) -> Global___Capabilities:
+        """What it can do."""
+
+    @_builtins.property
+    def default_params(self) -> _struct_pb2.Struct:
+        """Fields added to every request that does not set them, e.g. {"frequency_penalty": 0.5}; at most 16 KiB as JSON. For LOCAL:
+        how it behaves, see the README of llm_service.
+        """
+
+    @_builtins.property
+    def quirks(self) -> Global___Quirks:
+        """In what its server differs."""
+
+    @_builtins.property
+    def hedge_after(self) -> _duration_pb2.Duration:
+        """Ask the next model of the alias too when no token came for so long; the first to begin answers. Absent = never."""
 
     def __init__(
         self,
@@ -189,12 +406,22 @@ class Model(_message.Message):
         price_provider: _builtins.str = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         updated_at: _timestamp_pb2.Timestamp | None = ...,
+        limits: Global___Limits | None = ...,
+        capabilities: Global___Capabilities | None = ...,
+        default_params: _struct_pb2.Struct | None = ...,
+        quirks: Global___Quirks | None = ...,
+        hedge_after: _duration_pb2.Duration | None = ...,
+        max_retries: _builtins.int | None = ...,
+        bills_failed_attempts: _builtins.bool = ...,
+        tokenizer: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "timeouts", b"timeouts", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "capabilities", b"capabilities", "created_at", b"created_at", "default_params", b"default_params", "hedge_after", b"hedge_after", "limits", b"limits", "max_retries", b"max_retries", "quirks", b"quirks", "timeouts", b"timeouts", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "alias", b"alias", "api_key", b"api_key", "base_url", b"base_url", "context_window", b"context_window", "created_at", b"created_at", "extra_headers", b"extra_headers", "max_output_tokens", b"max_output_tokens", "model_id", b"model_id", "price_provider", b"price_provider", "priority", b"priority", "provider", b"provider", "timeouts", b"timeouts", "updated_at", b"updated_at", "upstream_model", b"upstream_model", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "active", b"active", "alias", b"alias", "api_key", b"api_key", "base_url", b"base_url", "bills_failed_attempts", b"bills_failed_attempts", "capabilities", b"capabilities", "context_window", b"context_window", "created_at", b"created_at", "default_params", b"default_params", "extra_headers", b"extra_headers", "hedge_after", b"hedge_after", "limits", b"limits", "max_output_tokens", b"max_output_tokens", "max_retries", b"max_retries", "model_id", b"model_id", "price_provider", b"price_provider", "priority", b"priority", "provider", b"provider", "quirks", b"quirks", "timeouts", b"timeouts", "tokenizer", b"tokenizer", "updated_at", b"updated_at", "upstream_model", b"upstream_model", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_retries: _TypeAlias = _typing.Literal["max_retries"]  # noqa: Y015
+    _WhichOneofArgType__max_retries: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_retries) -> _WhichOneofReturnType__max_retries | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 
@@ -542,3 +769,139 @@ class DeactivateModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeactivateModelResponse: _TypeAlias = DeactivateModelResponse  # noqa: Y015
+
+@_typing.final
+class TestModelRequest(_message.Message):
+    """Which model to test."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Identity."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestModelRequest: _TypeAlias = TestModelRequest  # noqa: Y015
+
+@_typing.final
+class TestModelResponse(_message.Message):
+    """How it went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OK_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    UPSTREAM_MODEL_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    HTTP_STATUS_FIELD_NUMBER: _builtins.int
+    ok: _builtins.bool
+    """Whether it answered."""
+    upstream_model: _builtins.str
+    """Model that answered, as the model server names it."""
+    error_reason: _builtins.str
+    """Why it failed, as an ErrorReason without prefix; empty = it did not."""
+    detail: _builtins.str
+    """More about the failure: status and code, never the model server's own text."""
+    http_status: _builtins.int
+    """HTTP status of the model server; 0 = none."""
+    @_builtins.property
+    def first_token(self) -> _duration_pb2.Duration:
+        """Until the first token."""
+
+    @_builtins.property
+    def latency(self) -> _duration_pb2.Duration:
+        """Until the end."""
+
+    @_builtins.property
+    def usage(self) -> _billing_pb2.Usage:
+        """What was used."""
+
+    def __init__(
+        self,
+        *,
+        ok: _builtins.bool = ...,
+        first_token: _duration_pb2.Duration | None = ...,
+        latency: _duration_pb2.Duration | None = ...,
+        usage: _billing_pb2.Usage | None = ...,
+        upstream_model: _builtins.str = ...,
+        error_reason: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        http_status: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "latency", b"latency", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "error_reason", b"error_reason", "first_token", b"first_token", "http_status", b"http_status", "latency", b"latency", "ok", b"ok", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestModelResponse: _TypeAlias = TestModelResponse  # noqa: Y015
+
+@_typing.final
+class WatchModelsRequest(_message.Message):
+    """What to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """Only this alias; empty = all."""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchModelsRequest: _TypeAlias = WatchModelsRequest  # noqa: Y015
+
+@_typing.final
+class WatchModelsResponse(_message.Message):
+    """A model as it is now. First every model, then one message without a model that says `synced`, then changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    SYNCED_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    deleted: _builtins.bool
+    """True when the model is gone."""
+    synced: _builtins.bool
+    """True when all models have been told."""
+    revision: _builtins.int
+    """Number of the registry's last change that this tells of."""
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model, its key masked."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        deleted: _builtins.bool = ...,
+        synced: _builtins.bool = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "model", b"model", "revision", b"revision", "synced", b"synced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchModelsResponse: _TypeAlias = WatchModelsResponse  # noqa: Y015

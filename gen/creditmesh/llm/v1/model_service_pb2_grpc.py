@@ -70,6 +70,16 @@ class ModelServiceStub:
                 request_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelRequest.SerializeToString,
                 response_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelResponse.FromString,
                 _registered_method=True)
+        self.TestModel = channel.unary_unary(
+                '/creditmesh.llm.v1.ModelService/TestModel',
+                request_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelResponse.FromString,
+                _registered_method=True)
+        self.WatchModels = channel.unary_stream(
+                '/creditmesh.llm.v1.ModelService/WatchModels',
+                request_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsRequest.SerializeToString,
+                response_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -125,6 +135,20 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TestModel(self, request, context):
+        """Makes one tiny real call to a model and tells how it went. Not charged to anybody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchModels(self, request, context):
+        """The models now, and every change from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +186,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DeactivateModel,
                     request_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelRequest.FromString,
                     response_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelResponse.SerializeToString,
+            ),
+            'TestModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.TestModel,
+                    request_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelRequest.FromString,
+                    response_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelResponse.SerializeToString,
+            ),
+            'WatchModels': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchModels,
+                    request_deserializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsRequest.FromString,
+                    response_serializer=creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +388,60 @@ class ModelService:
             '/creditmesh.llm.v1.ModelService/DeactivateModel',
             creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelRequest.SerializeToString,
             creditmesh_dot_llm_dot_v1_dot_model__service__pb2.DeactivateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TestModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/creditmesh.llm.v1.ModelService/TestModel',
+            creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelRequest.SerializeToString,
+            creditmesh_dot_llm_dot_v1_dot_model__service__pb2.TestModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/creditmesh.llm.v1.ModelService/WatchModels',
+            creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsRequest.SerializeToString,
+            creditmesh_dot_llm_dot_v1_dot_model__service__pb2.WatchModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

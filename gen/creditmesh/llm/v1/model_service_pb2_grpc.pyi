@@ -30,6 +30,10 @@ class ModelServiceStub:
     """Makes a model serve its alias."""
     DeactivateModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeactivateModelRequest, _model_service_pb2.DeactivateModelResponse]
     """Takes a model out of service."""
+    TestModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.TestModelRequest, _model_service_pb2.TestModelResponse]
+    """Makes one tiny real call to a model and tells how it went. Not charged to anybody."""
+    WatchModels: _aio.UnaryStreamMultiCallable[_model_service_pb2.WatchModelsRequest, _model_service_pb2.WatchModelsResponse]
+    """The models now, and every change from then on."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """The models behind the aliases. A change reaches every replica within 2 seconds; running calls keep what they have."""
@@ -89,5 +93,21 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_model_service_pb2.DeactivateModelRequest, _abc.Awaitable[_model_service_pb2.DeactivateModelResponse]],
     ) -> _abc.Awaitable[_model_service_pb2.DeactivateModelResponse]:
         """Takes a model out of service."""
+
+    @_abc_1.abstractmethod
+    def TestModel(
+        self,
+        request: _model_service_pb2.TestModelRequest,
+        context: _aio.ServicerContext[_model_service_pb2.TestModelRequest, _abc.Awaitable[_model_service_pb2.TestModelResponse]],
+    ) -> _abc.Awaitable[_model_service_pb2.TestModelResponse]:
+        """Makes one tiny real call to a model and tells how it went. Not charged to anybody."""
+
+    @_abc_1.abstractmethod
+    def WatchModels(
+        self,
+        request: _model_service_pb2.WatchModelsRequest,
+        context: _aio.ServicerContext[_model_service_pb2.WatchModelsRequest, _abc.AsyncIterator[_model_service_pb2.WatchModelsResponse]],
+    ) -> _abc.AsyncIterator[_model_service_pb2.WatchModelsResponse]:
+        """The models now, and every change from then on."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _aio.Server) -> None: ...
