@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 N ?= 200
+SECONDS ?= 600
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +39,9 @@ model: setup ## the ledger beside a model of it, N examples (make model N=2000)
 torture: setup ## kill services at random under load, N calls (make torture N=2000)
 	@$(BIN)/python -m tests.fault.torture --calls $(N)
 
+soak: setup ## calls of every kind for SECONDS, memory and leftovers watched (make soak SECONDS=600)
+	@$(BIN)/python -m tests.fault.soak --seconds $(SECONDS)
+
 check: setup ## lint, types, imports, contracts, generated code
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -60,4 +64,4 @@ clean: ## remove the virtual environment, caches and the data of `make run`
 	@rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup run run-kafka test test-fast model torture check fmt gen bench lock clean
+.PHONY: help setup run run-kafka test test-fast model torture soak check fmt gen bench lock clean
