@@ -26,6 +26,7 @@ import psycopg
 
 from benchmarks.charges import charges_by_kafka, charges_by_rpc
 from benchmarks.growth import GROWTH, export_all, grow, measure_reads
+from benchmarks.peers import peers_table
 from benchmarks.processes import Cpu, load, rss_megabytes, start
 from deploy.local.kafka import Kafka
 from deploy.local.postgres import Postgres
@@ -327,12 +328,50 @@ def footprint(bench: Bench) -> Table:
     ]
 
 
+def workers(bench: Bench) -> Table:
+    """One llm_service process against two that share the port; both cores are shared with everything else."""
+    rows: Table = []
+    for count in (1, 2):
+        mesh = bench.new_mesh(f"workers-{count}", LLM_WORKERS=str(count))
+        mesh.start()
+        try:
+            for name in ("unary", "chunks-200"):
+                mesh.register(name, f"http://127.0.0.1:{bench.upstream_port}/v1", name)
+            for number in range(USERS):
+                mesh.credit(f"bench-{number}", 10**14)
+            time.sleep(2.5)  # every worker has the models
+            calls = load("generate", mesh.llm_address, concurrency=64, seconds=bench.seconds, model="unary", channels=8)
+            got = load(
+                "stream", mesh.llm_address, concurrency=16, seconds=bench.seconds, model="chunks-200", channels=8
+            )
+        finally:
+            mesh.stop()
+        rows.append((
+            f"LLM_WORKERS={count}", f"unary at 64: {calls['rate']:.0f} calls/s, p50 {calls['p50']} ms;"
+            f" streams at 16: {got['tokens_per_second']:.0f} tokens/s",
+            f"errors {calls['errors'] + got['errors']}; 8 client channels, spread by the kernel",
+        ))
+    return rows
+
+
+def peers(bench: Bench) -> Table:
+    rows = peers_table(bench.upstream_port, seconds=bench.seconds)
+    told = []
+    for concurrency in (1, 16, 64):
+        got = load("generate", bench.mesh.llm_address, concurrency=concurrency, seconds=bench.seconds, model="unary")
+        told.append(
+            f"c={concurrency}: {got['rate']:.0f}/s, p50 {got['p50']} ms, p99 {got['p99']} ms, errors {got['errors']}"
+        )
+    memory = sum(rss_megabytes(process.pid) for process in (bench.mesh.llm, bench.mesh.tokenstore))
+    return [*rows, ("creditmesh, ledger on, one worker", "; ".join(told), f"RSS of both services {memory:.0f} MB")]
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], Table]] = {
-    "unary": unary, "streams": streams, "reads": reads, "footprint": footprint, "charges": charges,
-    "ledger": ledger, "growth": growth,
+    "unary": unary, "streams": streams, "workers": workers, "peers": peers, "reads": reads, "footprint": footprint,
+    "charges": charges, "ledger": ledger, "growth": growth,
 }
-DEFAULT = [name for name in MEASUREMENTS if name != "growth"]
-"""`growth` fills tens of gigabytes and takes long: ask for it with --only growth."""
+DEFAULT = [name for name in MEASUREMENTS if name not in ("growth", "peers")]
+"""`growth` fills tens of gigabytes and takes long, `peers` needs other gateways installed: ask for them by --only."""
 
 
 def conditions(bench: Bench) -> list[str]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +117,7 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
         await holds.OpenHolds(request, timeout=30)
 
     session: list[aiohttp.ClientSession] = []
+    portkey = os.environ.get("BENCH_PORTKEY_CONFIG", "")
 
     async def do_upstream(number: int, figures: Figures) -> None:
         """Straight to the stand-in: what the time to first token is without us."""
@@ -129,8 +132,21 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
                     figures.first_tokens.append(time.perf_counter() - begun)
                     first = False
 
+    async def do_http(number: int, figures: Figures) -> None:
+        """A whole answer by HTTP: the stand-in itself, or another gateway before it."""
+        if not session:
+            session.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 64}
+        headers = {"Authorization": "Bearer sk-bench"}
+        if portkey:
+            headers["x-portkey-config"] = portkey
+        async with session[0].post(f"http://{target}/v1/chat/completions", json=body, headers=headers) as response:
+            await response.read()
+            if response.status != 200:
+                raise RuntimeError(f"HTTP {response.status}")
+
     return {
-        "generate": do_generate, "echo": do_echo, "stream": do_stream, "echo-stream": do_echo_stream,
+        "http": do_http, "generate": do_generate, "echo": do_echo, "stream": do_stream, "echo-stream": do_echo_stream,
         "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
     }[kind]
 
@@ -163,7 +179,7 @@ async def open_loop(work: Work, figures: Figures, *, rate: float, seconds: float
 async def timed(work: Work, figures: Figures, number: int, due: float) -> None:
     try:
         await work(number, figures)
-    except grpc.aio.AioRpcError:
+    except (grpc.aio.AioRpcError, aiohttp.ClientError, RuntimeError):
         figures.errors += 1
     else:
         figures.latencies.append(time.perf_counter() - due)
@@ -176,8 +192,15 @@ def percentile(values: list[float], share: float) -> float | None:
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     options = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(arguments.target, options=options) as channel:
-        work = make_work(arguments.kind, channel, arguments.target, arguments.model)
+    async with AsyncExitStack() as stack:
+        works = []
+        for _ in range(arguments.channels):
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(arguments.target, options=options))
+            works.append(make_work(arguments.kind, channel, arguments.target, arguments.model))
+
+        async def work(number: int, figures: Figures) -> None:
+            await works[number % len(works)](number, figures)
+
         await closed_loop(work, Figures(), concurrency=min(8, arguments.concurrency), seconds=arguments.warm_up)
         figures = Figures()
         if arguments.rate:
@@ -203,6 +226,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--channels", type=int, default=1, help="connections; several workers need several")
     parser.add_argument("--warm-up", type=float, default=1.0)
     print(json.dumps(asyncio.run(run(parser.parse_args()))))
 

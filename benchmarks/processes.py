@@ -54,6 +54,10 @@ def rss_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20
 
 
+def rss_of_all(pid: int) -> float:
+    return sum(rss_megabytes(each) for each in descendants(pid))
+
+
 @dataclass
 class Cpu:
     """CPU by process over a stretch of work."""
