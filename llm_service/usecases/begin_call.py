@@ -36,6 +36,9 @@ from servicekit.core.ids import IdSource
 
 REPAIR_INPUT_TOKENS = 64
 """What a repair adds to the prompt beside the answer: the words that ask for it."""
+MOST_INPUT_TOKENS = 30_000_000
+MOST_OTHER_PROVIDERS = 16
+"""What a hold may ask for at most; one that asks for more would be refused with all that share its RPC."""
 _TOO_LITTLE = frozenset({"INSUFFICIENT_CREDIT", "BUDGET_EXCEEDED"})
 _PARTS = {ImagePart: "images", AudioPart: "audio", FilePart: "files"}
 NO_NEEDS: frozenset[str] = frozenset()
@@ -91,13 +94,15 @@ class CallBeginner:
         counts = await self._count(request, tiers)
         most, tiers = _fitting(request, tiers, counts)
         bound = max(count.upper_bound for count in counts.values())
+        if bound > MOST_INPUT_TOKENS:
+            raise ContextTooLong("the prompt is longer than any model takes", input_tokens=bound)
         first = tiers[0][0]
         others = {each.provider_for_price for tier in tiers for each in tier} - {first.provider_for_price}
         asked = HoldAsked(
             call_id=self._ids.new_id(), billing=request.billing, provider=first.provider_for_price, model=alias,
             input_tokens=bound, max_output_tokens=most,
             min_output_tokens=min(max(0 if request.inputs else 1, request.min_output_tokens), most),
-            other_providers=tuple(sorted(others)),
+            other_providers=tuple(sorted(others)[:MOST_OTHER_PROVIDERS]),
         )
         call = RunningCall(
             record=CallRecord(

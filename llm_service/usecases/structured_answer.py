@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from llm_service.domain.chat import Delta, FinishReason, Message, Prompt, TextPart
+from llm_service.domain.errors import RateLimited
 from llm_service.domain.structured_output import Violation, check_answer, repair_prompt
 from llm_service.usecases.attempts import Attempts
 from llm_service.usecases.call_events import CallRequest, deltas_of
@@ -62,7 +63,7 @@ class StructuredAnswers:
                             yield UpstreamChunk(deltas=reasoning)
                         if cut:
                             break
-            except UpstreamFailure:
+            except (UpstreamFailure, RateLimited):
                 if not repair:
                     raise
                 # The repair itself was not to be had; what is wrong with the first answer is what the caller needs.
@@ -71,6 +72,7 @@ class StructuredAnswers:
             attempt = call.attempts[-1]
             if cut:
                 attempt.finish_reason = FinishReason.LENGTH
+                charge_attempt(self._tokens, call, attempt, completed=False)
             answer = attempt.answer.message()
             if attempt.finish_reason not in CHECKED or answer.tool_calls:
                 yield _rest_of(answer)

@@ -411,6 +411,30 @@ def test_without_credit_for_a_repair_there_is_none(mesh: Mesh, user: str, alias:
     assert mesh.balance(poor).balance_micros >= 0
 
 
+def test_an_answer_that_is_cut_here_is_charged_by_what_came(mesh: Mesh, user: str, alias: str) -> None:
+    mesh.register_local(alias, default_params={"words": 200, "ignore_max_tokens": True})
+    _, _, finished = stream(mesh, user, model=alias, max_output_tokens=10, **structured())
+    assert (finished.finish_reason, finished.usage.output_tokens) == (chat_pb2.FINISH_REASON_LENGTH, 10)
+    assert finished.usage.source == billing_pb2.USAGE_SOURCE_ESTIMATED
+    charges(mesh, user, entries=1)
+
+
+def test_without_a_place_for_the_repair_the_first_answer_is_told_and_charged(mesh: Mesh, user: str, alias: str) -> None:
+    mesh.register_local(alias, default_params={"replies": ['{"city": 5}', GOOD]}, limits={"rpm": 1})
+    with refused(Code.FAILED_PRECONDITION, "UPSTREAM_REJECTED") as caught:
+        stream(mesh, user, model=alias, **structured())
+    (entry,) = charges(mesh, user, entries=1)
+    assert int(facts_of(caught.value)["credit_micros"]) == -entry.amount_micros > 0
+
+
+def test_a_prompt_beyond_all_measure_is_refused_alone(mesh: Mesh, user: str, alias: str, upstream: Upstream) -> None:
+    mesh.register(alias, upstream.base_url, "ok,gpt-4o-mini")
+    pictures = [{"role": "ROLE_USER", "content": [{"image": {"url": "https://example.org/a.png"}}] * 64}] * 20
+    with refused(Code.INVALID_ARGUMENT, "CONTEXT_TOO_LONG"):
+        stream(mesh, user, model=alias, messages=pictures)
+    charges(mesh, user, entries=0)
+
+
 def test_a_cut_answer_says_so_and_is_not_repaired(mesh: Mesh, user: str, alias: str) -> None:
     mesh.register_local(alias, default_params={"replies": [GOOD]})
     _, _, finished = stream(mesh, user, model=alias, max_output_tokens=3, **structured())
