@@ -72,6 +72,7 @@ class KafkaConsumer:
         self._stop_asked = asyncio.Event()
         self._ended = asyncio.Event()
         self._next: dict[Partition, int] = {}
+        self._not_assigned: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.assigned: frozenset[Partition] = frozenset()
 
@@ -137,12 +138,15 @@ class KafkaConsumer:
     def _consume(self, protocol: str, backoff: Backoff) -> None:
         consumer = Consumer(self._settings(protocol))
         self._next.clear()
+        self._not_assigned = None
         try:
             consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+                self._topics, on_assign=self._try_to_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
             )
             while not self._stopping.is_set():
                 messages = consumer.consume(self._most_records, timeout=POLL_SECONDS)
+                if self._not_assigned is not None:
+                    raise self._not_assigned
                 batch = self._batch_of(messages)
                 if batch.moves:
                     self._wait_for(self._handle(batch))
@@ -172,6 +176,14 @@ class KafkaConsumer:
         if protocol == "classic":
             settings["partition.assignment.strategy"] = "cooperative-sticky"
         return settings
+
+    def _try_to_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Keeps what goes wrong for `_consume`: raised here, a KafkaException would come out of consume() as a bare
+        KafkaError, which is no exception that Python can catch by its class, and would end the thread for good."""
+        try:
+            self._on_assign(consumer, partitions)
+        except Exception as error:  # noqa: BLE001 - raised again by `_consume`
+            self._not_assigned = error
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         keys = [(partition.topic, partition.partition) for partition in partitions]
