@@ -205,6 +205,21 @@ def streams(bench: Bench) -> Table:
     return rows
 
 
+def conversations(bench: Bench) -> Table:
+    rows: Table = []
+    for concurrency in (1, 16):
+        stream = bench.median("stream", bench.mesh.llm_address, concurrency=concurrency, model="unary")
+        sent = bench.median("send", bench.mesh.llm_address, concurrency=concurrency, model="unary")
+        rows.append((
+            f"SendMessage beside Stream, concurrency {concurrency}",
+            f"p50 {sent['p50'] - stream['p50']:+.2f} ms, first token {sent['first_p50'] - stream['first_p50']:+.2f} ms",
+            f"{sent['rate']:.0f}/s, p50 {sent['p50']} ms, p99 {sent['p99']} ms, beside {stream['rate']:.0f}/s, p50"
+            f" {stream['p50']} ms, p99 {stream['p99']} ms (bar: +3 ms one at a time); history grows from message to"
+            f" message; CPU ms/call: {cpu_text(sent['cpu'])}",
+        ))
+    return rows
+
+
 def reads(bench: Bench) -> Table:
     rows: Table = []
     balance = bench.median("balance", bench.mesh.tokenstore_address, concurrency=16)
@@ -367,8 +382,8 @@ def peers(bench: Bench) -> Table:
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], Table]] = {
-    "unary": unary, "streams": streams, "workers": workers, "peers": peers, "reads": reads, "footprint": footprint,
-    "charges": charges, "ledger": ledger, "growth": growth,
+    "unary": unary, "streams": streams, "conversations": conversations, "workers": workers, "peers": peers,
+    "reads": reads, "footprint": footprint, "charges": charges, "ledger": ledger, "growth": growth,
 }
 DEFAULT = [name for name in MEASUREMENTS if name not in ("growth", "peers")]
 """`growth` fills tens of gigabytes and takes long, `peers` needs other gateways installed: ask for them by --only."""

@@ -21,7 +21,13 @@ from typing import Any
 import aiohttp
 import grpc.aio
 from creditmesh.common.v1 import billing_pb2
-from creditmesh.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
+from creditmesh.llm.v1 import (
+    chat_pb2,
+    conversation_service_pb2,
+    conversation_service_pb2_grpc,
+    llm_service_pb2,
+    llm_service_pb2_grpc,
+)
 from creditmesh.tokenstore.v1 import (
     balance_service_pb2,
     balance_service_pb2_grpc,
@@ -101,6 +107,24 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
         )
         await read(calls.Stream(request, timeout=30), figures, begun)
 
+    chats = conversation_service_pb2_grpc.ConversationServiceStub(channel)
+    open_chats: dict[int, str] = {}
+
+    async def do_send(number: int, figures: Figures) -> None:
+        """A message in a conversation of ever more history, one conversation a user."""
+        user = user_of(number)
+        if number % USERS not in open_chats:
+            made = await chats.CreateConversation(
+                conversation_service_pb2.CreateConversationRequest(user_id=user, model=model, title="bench"), timeout=30
+            )
+            open_chats[number % USERS] = made.conversation.conversation_id
+        begun = time.perf_counter()
+        request = conversation_service_pb2.SendMessageRequest(
+            user_id=user, conversation_id=open_chats[number % USERS], content=[chat_pb2.Content(text=PROMPT)],
+            max_output_tokens=256,
+        )
+        await read(chats.SendMessage(request, timeout=30), figures, begun)
+
     async def do_echo_stream(number: int, figures: Figures) -> None:
         billing = billing_pb2.BillingContext(user_id=user_of(number))
         request = llm_service_pb2.StreamRequest(billing=billing, messages=messages())
@@ -146,7 +170,8 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
                 raise RuntimeError(f"HTTP {response.status}")
 
     return {
-        "http": do_http, "generate": do_generate, "echo": do_echo, "stream": do_stream, "echo-stream": do_echo_stream,
+        "http": do_http, "generate": do_generate, "echo": do_echo, "stream": do_stream, "send": do_send,
+        "echo-stream": do_echo_stream,
         "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
     }[kind]
 

@@ -22,6 +22,11 @@ from llm_service.config import Settings
 from llm_service.domain.call import CallRecord
 from llm_service.domain.deployment import Provider
 from llm_service.storage.call_journal import PostgresCallJournal
+from llm_service.storage.content import ContentBox
+from llm_service.storage.conversation_books import TurnRows
+from llm_service.storage.conversation_rows import ConversationRows
+from llm_service.storage.conversation_tasks import PostgresConversationTasks
+from llm_service.storage.conversations import PostgresConversations
 from llm_service.storage.model_registry import FollowedDirectory, PostgresModelRegistry
 from llm_service.storage.sealed_keys import KEY_BYTES, KeySealer
 from llm_service.storage.tables import SCHEMA
@@ -31,15 +36,27 @@ from llm_service.transport.servicers import Calls, services
 from llm_service.usecases.admission import Admission, LocalLimiter
 from llm_service.usecases.attempts import Attempts
 from llm_service.usecases.begin_call import CallBeginner
+from llm_service.usecases.conversation_chores import Chores
+from llm_service.usecases.conversation_history import HistoryReader
 from llm_service.usecases.keep_calls_alive import keep_calls_alive
+from llm_service.usecases.manage_conversations import Conversations
 from llm_service.usecases.manage_models import ModelAdministration
 from llm_service.usecases.model_health import ModelHealth
-from llm_service.usecases.ports import Limiter, ModelProvider
+from llm_service.usecases.ports import Limiter, ModelProvider, TurnEnd
 from llm_service.usecases.run_call import CallRunner
 from llm_service.usecases.running_calls import RunningCalls
+from llm_service.usecases.send_message import MessageSender
 from llm_service.usecases.sweep_calls import sweep_calls
-from llm_service.wire.chat import answer_from_bytes, answer_to_bytes
-from llm_service.wire.events import CHARGE_REQUESTED, CHARGES_TOPIC, charge_event_id, charge_requested_to_bytes
+from llm_service.wire.chat import answer_from_bytes, answer_to_bytes, message_from_bytes, message_to_bytes
+from llm_service.wire.events import (
+    CHARGE_REQUESTED,
+    CHARGES_TOPIC,
+    TURN_COMPLETED,
+    TURNS_TOPIC,
+    charge_event_id,
+    charge_requested_to_bytes,
+    turn_completed_to_bytes,
+)
 from servicekit.core.clock import SystemClock
 from servicekit.core.faults import faults_from
 from servicekit.core.ids import RandomIdSource
@@ -64,6 +81,8 @@ NAME = "llm_service"
 MIGRATIONS = Path(__file__).parent / "storage" / "migrations"
 WRITER_CONNECTIONS = 3
 FLUSH_SECONDS = 5.0
+TURN_SLACK_SECONDS = 5.0
+"""How much longer than a call's lease and its queue a turn may take until its call is written down."""
 
 
 async def serve(settings: Settings) -> None:
@@ -75,6 +94,14 @@ async def serve(settings: Settings) -> None:
     def event_of(record: CallRecord, *, corrects: bool = False) -> tuple[str, str, str, bytes]:
         event_id = charge_event_id(record, corrects=corrects)
         return event_id, CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record, corrects=corrects)
+
+    turns_topic = settings.kafka_topic_prefix + TURNS_TOPIC
+    tells_turns = bool(settings.kafka_bootstrap_servers)
+
+    def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, bytes] | None:
+        if not (tells_turns and end.turn.remembers):
+            return None
+        return str(end.turn.message_id), TURN_COMPLETED, turns_topic, turn_completed_to_bytes(end, record)
 
     hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
     log.info("starting", **redacted(settings))
@@ -96,6 +123,8 @@ async def serve(settings: Settings) -> None:
         answer_sealer = KeySealer([os.urandom(KEY_BYTES)])
         log.warning("answers_end_with_the_process", reason="LLM_SECRET_KEY is not set")
     registry = PostgresModelRegistry(database, sealer)
+    box = ContentBox(sealer, seals=settings.seal_conversations)
+    rows = ConversationRows(box, message_to_bytes=message_to_bytes, message_from_bytes=message_from_bytes)
     policies = PostgresUserPolicies(database)
     directory = FollowedDirectory(database, registry, also=policies.refresh)
     tokens = BpeTokenCounter()
@@ -127,7 +156,8 @@ async def serve(settings: Settings) -> None:
         publisher: Publisher = DirectChargeDelivery(channel, token)
         if settings.kafka_bootstrap_servers:
             await stack.enter_async_context(background(
-                lambda: ensure_topics(settings.kafka_bootstrap_servers, [charges_topic]), name="kafka-topics"
+                lambda: ensure_topics(settings.kafka_bootstrap_servers, [charges_topic, turns_topic]),
+                name="kafka-topics",
             ))
             producer = KafkaProducer(settings.kafka_bootstrap_servers, client_id=NAME)
             stack.callback(producer.close)
@@ -139,6 +169,7 @@ async def serve(settings: Settings) -> None:
         journal = PostgresCallJournal(
             writing, database, event_of=event_of, sealer=answer_sealer, answer_to_bytes=answer_to_bytes,
             answer_from_bytes=answer_from_bytes, wake_relay=relay.wake,
+            turns=TurnRows(box, message_to_bytes=message_to_bytes, event_of=turn_event_of),
             lease=timedelta(seconds=settings.call_lease_seconds),
         )
         runner = CallRunner(
@@ -153,6 +184,13 @@ async def serve(settings: Settings) -> None:
             ledger=ledger, journal=journal, tokens=tokens, admission=admission, policies=policies, running=running,
             meters=meters, clock=clock, faults=faults, most_running=settings.most_running_calls,
         )
+        conversations = PostgresConversations(database, rows)
+        sender = MessageSender(
+            conversations, runner, journal, directory,
+            HistoryReader(conversations, tokens, most=settings.history_messages), None, clock=clock, ids=ids,
+            faults=faults, turn_seconds=settings.call_lease_seconds + settings.queue_seconds + TURN_SLACK_SECONDS,
+        )
+        chores = Chores(PostgresConversationTasks(database, rows), conversations, runner)
         validator = RequestValidator()
         served = services(
             Calls(runner, journal, running, directory, tokens, ids),
@@ -160,7 +198,7 @@ async def serve(settings: Settings) -> None:
                 registry, directory, providers, check_local=manners_of, reach=settings.upstream_reach, clock=clock,
                 ids=ids,
             ),
-            policies, validator, clock,
+            policies, Conversations(conversations, running, clock=clock, ids=ids), sender, validator, clock, ids,
         )
         board = HealthBoard([service.name for service in served])
         server = build_server(
@@ -184,10 +222,14 @@ async def serve(settings: Settings) -> None:
         kept = timedelta(seconds=settings.replay_ttl)
         await stack.enter_async_context(background(
             lambda: sweep_calls(
-                journal, ledger, clock=clock, answers_kept=kept,
+                journal, ledger, conversations, clock=clock, answers_kept=kept,
                 found=lambda state, calls: meters.swept.labels(state).inc(calls),
             ),
             name="call-sweeper",
+        ))
+
+        await stack.enter_async_context(background(
+            lambda: chores.run(mismatches=meters.conversation_mismatches.set), name="conversation-chores"
         ))
 
         async def tokenstore_is_reachable() -> bool:
@@ -195,6 +237,7 @@ async def serve(settings: Settings) -> None:
 
         async def after_drain() -> None:
             await runner.close()
+            await sender.close()
             await journal.close()
             await ledger.close()
             await relay.leave(flush_seconds=FLUSH_SECONDS)

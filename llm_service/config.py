@@ -42,6 +42,14 @@ class Settings(ServerSettings):
     user_max_concurrency: int = Field(default=0, ge=0, le=1_000_000)
     user_rpm: int = Field(default=0, ge=0, le=100_000_000)
     user_tpm: int = Field(default=0, ge=0, le=1_000_000_000)
+    seal_conversations: bool = False
+    history_messages: int = Field(default=1000, ge=1, le=2000)
+
+    @model_validator(mode="after")
+    def _check_sealing(self) -> Settings:
+        if self.seal_conversations and not (self.secret_key or self.secret_key_file):
+            raise ValueError("seal_conversations: needs LLM_SECRET_KEY or LLM_SECRET_KEY_FILE")
+        return self
 
     @model_validator(mode="after")
     def _check_secret_key(self) -> Settings:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from llm_service.app import MIGRATIONS, serve
-from llm_service.cli import calls, chat, keys, models
+from llm_service.cli import calls, chat, keys, models, reconcile
 from llm_service.config import PREFIX, load
 from llm_service.storage.tables import SCHEMA
 from servicekit.cli import ServiceCommands, run_client
 
 TARGET = "127.0.0.1:50051"
+TOKENSTORE = "127.0.0.1:50052"
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     calls.add_to(commands, TARGET)
     models.add_to(commands, TARGET)
     chat.add_to(commands, TARGET)
+    reconcile.add_to(commands, TOKENSTORE)
     arguments = parser.parse_args()
     if hasattr(arguments, "client"):
         run_client(arguments, arguments.client)

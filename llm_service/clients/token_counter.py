@@ -12,10 +12,9 @@ import imagesize
 
 from llm_service.domain.chat import AudioPart, FilePart, ImagePart, Message, Part, Prompt, TextPart
 from llm_service.domain.media_tokens import audio_tokens, image_tokens
-from llm_service.domain.token_family import ESTIMATE, EXACT, O200K, UPPER
+from llm_service.domain.token_family import ESTIMATE, EXACT, O200K, TOKENS_PER_MESSAGE, UPPER
 from llm_service.usecases.ports import TokenCount
 
-TOKENS_PER_MESSAGE = 4
 TOKENS_PER_REPLY = 3
 """Chat framing of OpenAI models: three tokens and a role for each message, three to begin the reply."""
 MP3_BYTES_PER_SECOND = 4_000

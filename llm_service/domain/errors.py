@@ -77,6 +77,36 @@ class UpstreamUnavailable(DomainError):
     reason = "UPSTREAM_UNAVAILABLE"
 
 
+class ConversationNotFound(DomainError):
+    """There is no such conversation, or it is another user's."""
+
+    reason = "CONVERSATION_NOT_FOUND"
+
+
+class ConversationBusy(DomainError):
+    """An answer is under way in this conversation."""
+
+    reason = "CONVERSATION_BUSY"
+
+
+class MessageNotFound(DomainError):
+    """There is no such message in this conversation."""
+
+    reason = "MESSAGE_NOT_FOUND"
+
+
+class ToolResultsMissing(DomainError):
+    """The newest message asks for tools, and their results are to be sent."""
+
+    reason = "TOOL_RESULTS_MISSING"
+
+
+class TooManyBranches(DomainError):
+    """The conversation has no room for more branches."""
+
+    reason = "TOO_MANY_BRANCHES"
+
+
 class SecretKeyMissing(DomainError):
     """Keys of model servers can not be kept, because no key to seal them under is configured."""
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 O200K = "o200k"
 CL100K = "cl100k"
+TOKENS_PER_MESSAGE = 4
+"""What a message weighs in a prompt beside its text."""
 EXACT = {O200K: "o200k_base", CL100K: "cl100k_base"}
 
 _DIGITS = re.compile("[0-9]")

@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 
 from llm_service.domain.call import CallRecord, CallState, unknown_outcome
 from llm_service.domain.errors import SecretKeyMissing
-from llm_service.storage import tables
+from llm_service.storage import conversation_books, tables
 from llm_service.storage.call_rows import attempt_from_row, attempt_to_row, call_from_row, call_to_row
 from llm_service.storage.sealed_keys import KeySealer
 from llm_service.usecases.ports import ExpiredHold, Heartbeat, Settlement, StoredAnswer
@@ -59,11 +59,11 @@ _END_COLUMNS = [name for name in CALL_COLUMNS if name not in ("user_id", "call_i
 
 # Settles RUNNING calls and those nobody knew the outcome of; whoever settled first stays. The charge event goes out
 # with those that are settled here, and only with them.
-SETTLE = f"""
+_SETTLE = f"""
 WITH data AS MATERIALIZED (
     SELECT * FROM json_to_recordset(%(calls)s::json) AS d (
         {_record_columns(tables.call, CALL_COLUMNS)}, ordinal integer, lane smallint, topic text, event_type text,
-        payload text, answer text, traceparent text
+        payload text, answer text, traceparent text, {conversation_books.RECORD_COLUMNS}
     )
 ), settled AS (
     INSERT INTO call AS c ({_CALLS}) SELECT {_CALLS} FROM data
@@ -86,15 +86,17 @@ WITH data AS MATERIALIZED (
     SELECT lane, user_id, call_id::text, event_type, topic, decode(payload, 'hex'), coalesce(traceparent, '')
     FROM data JOIN settled USING (user_id, call_id) WHERE payload IS NOT NULL ORDER BY ordinal
 )
-SELECT call_id FROM settled
 """
+SETTLE = _SETTLE + "SELECT call_id FROM settled"
+SETTLE_TURNS = _SETTLE + conversation_books.SETTLE + "SELECT call_id FROM settled"
+"""For batches with a conversation's call in them."""
 # The late truth about a call that a sweeper had to settle by its last checkpoint: its record, and the event that books
 # the difference, once.
 CORRECT = f"""
 WITH data AS MATERIALIZED (
     SELECT * FROM json_to_recordset(%(calls)s::json) AS d (
         {_record_columns(tables.call, CALL_COLUMNS)}, lane smallint, topic text, event_type text, payload text,
-        event_id text, traceparent text
+        event_id text, traceparent text, conversation uuid, more_tokens bigint, more_micros bigint
     )
 ), corrected AS (
     UPDATE call AS c SET {', '.join(f'{name} = data.{name}' for name in _END_COLUMNS if name != 'swept')}
@@ -105,7 +107,7 @@ WITH data AS MATERIALIZED (
     INSERT INTO outbox_message ({INSERT_COLUMNS}, traceparent)
     SELECT lane, user_id, event_id, event_type, topic, decode(payload, 'hex'), coalesce(traceparent, '')
     FROM data JOIN corrected USING (user_id, call_id)
-)
+), {conversation_books.CORRECT}
 SELECT call_id FROM corrected
 """
 BEAT = f"""
@@ -174,7 +176,7 @@ class PostgresCallJournal:
     def __init__(
         self, writing: Database, reading: Database, *, event_of: EventMaker, sealer: KeySealer,
         answer_to_bytes: Callable[[StoredAnswer], bytes], answer_from_bytes: Callable[[bytes], StoredAnswer],
-        wake_relay: Callable[[], None], lease: timedelta,
+        turns: conversation_books.TurnRows, wake_relay: Callable[[], None], lease: timedelta,
     ) -> None:
         self._writing = writing
         self._reading = reading
@@ -182,6 +184,7 @@ class PostgresCallJournal:
         self._sealer = sealer
         self._answer_to_bytes = answer_to_bytes
         self._answer_from_bytes = answer_from_bytes
+        self._turns = turns
         self._wake_relay = wake_relay
         self._lease = lease
         self._settling: MicroBatcher[Settlement, CallRecord] = MicroBatcher(
@@ -195,18 +198,23 @@ class PostgresCallJournal:
         await self._settling.close()
 
     async def _settle_batch(self, settlements: Sequence[Settlement]) -> Sequence[CallRecord | Exception]:
+        # A process that was stalled may sweep a call of its own while it settles it: the first of a batch counts.
+        first: dict[UUID, Settlement] = {}
+        for each in settlements:
+            first.setdefault(each.record.call_id, each)
         arguments = {
-            "calls": orjson.dumps([self._row_of(each, ordinal) for ordinal, each in enumerate(settlements)]).decode(),
+            "calls": orjson.dumps([self._row_of(each, number) for number, each in enumerate(first.values())]).decode(),
             "attempts": orjson.dumps([
-                attempt_to_row(each.record, attempt) for each in settlements for attempt in each.record.attempts
+                attempt_to_row(each.record, attempt) for each in first.values() for attempt in each.record.attempts
             ]).decode(),
         }
-        settled = await self._run_until_it_works(arguments)
+        has_turns = any(each.record.billing.conversation_id for each in settlements)
+        settled = await self._run_until_it_works(SETTLE_TURNS if has_turns else SETTLE, arguments)
         self._wake_relay()
         results: list[CallRecord | Exception] = []
         for each in settlements:
             record = each.record
-            if record.call_id not in settled:
+            if record.call_id not in settled or first[record.call_id] is not each:
                 # Somebody settled it before: a sweeper, or this very statement whose answer was lost.
                 record = await self._settled_before(each)
             results.append(record)
@@ -227,6 +235,7 @@ class PostgresCallJournal:
         row = call_to_row(truth) | {
             "lane": lane_of(record.billing.user_id), "topic": topic, "event_type": event_type, "event_id": event_id,
             "payload": payload.hex(), "traceparent": settlement.traceparent,
+            **conversation_books.correction_to_row(known, truth),
         }
         async with self._writing.raw_connection() as connection:
             await connection.execute(CORRECT, {"calls": orjson.dumps([row]).decode()})
@@ -234,13 +243,13 @@ class PostgresCallJournal:
         log.warning("settlement_corrected", call_id=str(record.call_id))
         return truth
 
-    async def _run_until_it_works(self, arguments: Mapping[str, str]) -> set[UUID]:
+    async def _run_until_it_works(self, statement: str, arguments: Mapping[str, str]) -> set[UUID]:
         backoff = Backoff(first_seconds=0.05, most_seconds=2.0)
         give_up_at = asyncio.get_running_loop().time() + SETTLE_SECONDS
         while True:
             try:
                 async with self._writing.raw_connection() as connection:
-                    cursor = await connection.execute(SETTLE, arguments, binary=True)
+                    cursor = await connection.execute(statement, arguments, binary=True)
                     return {call_id for (call_id,) in await cursor.fetchall()}
             except Exception as error:
                 if not is_transient(error):
@@ -264,13 +273,18 @@ class PostgresCallJournal:
         if settlement.answer is not None:
             data = self._answer_to_bytes(settlement.answer)
             row["answer"] = self._sealer.seal_bytes(data, bound_to=str(record.call_id)).hex()
+        if record.billing.conversation_id:
+            row |= self._turns.settlement_to_row(settlement)
         return row
 
     async def beat(self, running: Sequence[Heartbeat]) -> set[UUID]:
         calls = orjson.dumps([call_to_row(each.record) for each in running]).decode()
         async with self._writing.connection() as connection:
             cursor = await connection.execute(BEAT, {"calls": calls, "lease": self._lease})
-            return {call_id for call_id, cancel_asked in await cursor.fetchall() if cancel_asked}
+            asked = {call_id for call_id, cancel_asked in await cursor.fetchall() if cancel_asked}
+            if turns := [self._turns.so_far_to_row(each) for each in running if each.turn_end is not None]:
+                await connection.execute(conversation_books.KEEP_SO_FAR, {"turns": orjson.dumps(turns).decode()})
+        return asked
 
     async def find(self, call_id: UUID, user_id: str) -> CallRecord | None:
         found = await self._calls(FIND_OWN if user_id else FIND, {"call_id": call_id, "user_id": user_id})

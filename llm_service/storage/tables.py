@@ -65,6 +65,7 @@ call = Table(
     Column("operation", SmallInteger, nullable=False, server_default=text("1")),
 )
 Index("call_by_time", call.c.user_id, call.c.created_at, call.c.call_id)
+Index("call_by_conversation", call.c.user_id, call.c.conversation_id, postgresql_where=call.c.conversation_id != "")
 Index("call_by_request", call.c.user_id, call.c.request_id)
 # Two ways in without a user: by the id alone, and the sweeper's to the few that run.
 Index("call_by_id", call.c.call_id)
@@ -132,6 +133,102 @@ user_policy = Table(
     Column("keep_no_answers", Boolean, nullable=False),
     Column("updated_at", TIME, nullable=False),
 )
+
+conversation = Table(
+    "conversation", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("conversation_id", Uuid, primary_key=True),
+    _words("title"),
+    Column("system_prompt", LargeBinary, nullable=False),
+    _words("model"),
+    Column("use_memories", Boolean, nullable=False),
+    Column("compact_history", Boolean, nullable=False),
+    Column("status", SmallInteger, nullable=False),
+    Column("branch", Integer, nullable=False),
+    Column("length", Integer, nullable=False),
+    Column("branches", Integer, nullable=False),
+    Column("head_message_id", Uuid),
+    Column("message_count", BigInteger, nullable=False),
+    Column("tokens_total", BigInteger, nullable=False),
+    Column("credit_micros_total", BigInteger, nullable=False),
+    Column("summary", LargeBinary),
+    Column("summary_branch", Integer, nullable=False),
+    Column("summary_until", Integer, nullable=False),
+    Column("running_call_id", Uuid),
+    Column("running_message_id", Uuid),
+    Column("running_request_id", Text),
+    Column("running_branch", Integer),
+    Column("running_first", Integer),
+    Column("running_last", Integer),
+    Column("running_until", TIME),
+    Column("created_at", TIME, nullable=False),
+    Column("last_message_at", TIME, nullable=False),
+    Column("deleted_at", TIME),
+    Column("idempotency_key", Text),
+    Column("idempotency_hash", LargeBinary),
+)
+Index(
+    "conversation_by_use", conversation.c.user_id, conversation.c.last_message_at, conversation.c.conversation_id,
+    postgresql_where=conversation.c.deleted_at.is_(None),
+)
+Index("conversation_key", conversation.c.user_id, conversation.c.idempotency_key, unique=True)
+
+branch = Table(
+    "branch", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("conversation_id", Uuid, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("parent", Integer, nullable=False),
+    Column("forked_at", Integer, nullable=False),
+)
+
+message = Table(
+    "message", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("conversation_id", Uuid, primary_key=True),
+    Column("branch", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("message_id", Uuid, nullable=False),
+    Column("parent_message_id", Uuid),
+    Column("role", SmallInteger, nullable=False),
+    Column("state", SmallInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    _words("token_family"),
+    Column("tokens_consumed", BigInteger, nullable=False),
+    Column("credit_micros", BigInteger, nullable=False),
+    Column("call_id", Uuid),
+    _words("request_id"),
+    Column("request_hash", LargeBinary),
+    Column("finish_reason", SmallInteger, nullable=False),
+    Column("memory_ids", JSONB, nullable=False),
+    Column("created_at", TIME, nullable=False),
+)
+Index("message_by_id", message.c.user_id, message.c.conversation_id, message.c.message_id, unique=True)
+Index(
+    "message_by_request", message.c.user_id, message.c.conversation_id, message.c.request_id, unique=True,
+    postgresql_where=message.c.call_id.is_not(None),
+)
+
+# What the conversations of a user took in all; moves with theirs.
+user_total = Table(
+    "user_total", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("tokens_total", BigInteger, nullable=False),
+    Column("credit_micros_total", BigInteger, nullable=False),
+)
+
+conversation_task = Table(
+    "conversation_task", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("conversation_id", Uuid, primary_key=True),
+    Column("kind", SmallInteger, primary_key=True, autoincrement=False),
+    Column("branch", Integer, nullable=False),
+    Column("until", Integer, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("due_at", TIME, nullable=False),
+)
+Index("conversation_task_due", conversation_task.c.due_at)
 
 sweep_cursor = Table(
     "sweep_cursor", METADATA,

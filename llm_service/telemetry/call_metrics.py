@@ -74,6 +74,10 @@ class CallMetrics:
         self.swept = Counter("llm_swept_calls", "Calls that a sweeper ended, by state.", ["state"], registry=registry)
         for state in (CallState.SETTLED, CallState.UNKNOWN_OUTCOME):
             self.swept.labels(state.name)  # there from the start, so that the first one is an increase
+        self.conversation_mismatches = Gauge(
+            "llm_conversation_mismatches", "Conversations last used whose totals are not those of their calls.",
+            registry=registry,
+        )
         self._running = Gauge(
             "llm_running_calls", "Calls with a hold and no settlement yet.", registry=registry,
             multiprocess_mode="livesum",

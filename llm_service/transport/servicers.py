@@ -20,12 +20,15 @@ from creditmesh.llm.v1 import (
 
 from llm_service.domain.call import CallState
 from llm_service.domain.chat import Delta, Prompt
+from llm_service.transport.conversation_servicer import conversation_service
 from llm_service.usecases import read_calls
 from llm_service.usecases.call_events import CallRequest, Started
+from llm_service.usecases.manage_conversations import Conversations
 from llm_service.usecases.manage_models import ModelAdministration
 from llm_service.usecases.ports import CallJournal, ModelDirectory, TokenCounter, UserPolicy, UserPolicyStore
 from llm_service.usecases.run_call import CallRunner
 from llm_service.usecases.running_calls import RunningCalls
+from llm_service.usecases.send_message import MessageSender
 from llm_service.wire.calls import (
     call_request_from_proto,
     call_to_proto,
@@ -267,7 +270,8 @@ def _uuid_of(model_id: str) -> str:
 
 
 def services(
-    calls: Calls, models: ModelAdministration, policies: UserPolicyStore, validator: RequestValidator, clock: Clock
+    calls: Calls, models: ModelAdministration, policies: UserPolicyStore, conversations: Conversations,
+    sender: MessageSender, validator: RequestValidator, clock: Clock, ids: IdSource,
 ) -> list[Service]:
     """What this server serves, with the scope of each RPC."""
     return [
@@ -298,4 +302,5 @@ def services(
                 UserPolicyServicer(policies, clock), server
             ),
         ),
+        conversation_service(conversations, sender, ids),
     ]

@@ -99,7 +99,8 @@ class CallBeginner:
         first = tiers[0][0]
         others = {each.provider_for_price for tier in tiers for each in tier} - {first.provider_for_price}
         asked = HoldAsked(
-            call_id=self._ids.new_id(), billing=request.billing, provider=first.provider_for_price, model=alias,
+            call_id=request.call_id or self._ids.new_id(), billing=request.billing,
+            provider=first.provider_for_price, model=alias,
             input_tokens=bound, max_output_tokens=most,
             min_output_tokens=min(max(0 if request.inputs else 1, request.min_output_tokens), most),
             other_providers=tuple(sorted(others)[:MOST_OTHER_PROVIDERS]),
@@ -114,7 +115,7 @@ class CallBeginner:
             tiers=tiers, quotes={}, input_tokens={family: count.input_tokens for family, count in counts.items()},
             input_bound=bound, clipped=False, may_repair=False, started_seconds=arrived, hold_seconds=arrived,
             hold_expires_at=created_at, deadline_seconds=request.deadline_seconds, task=asyncio.current_task(),
-            traceparent=request.traceparent,
+            traceparent=request.traceparent, turn=request.turn, summary_until=request.summary_until,
         )
         place = await self._enter_user(call, bound + most)
         begun = False

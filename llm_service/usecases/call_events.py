@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from llm_service.domain.call import Billing, CallRecord
 from llm_service.domain.chat import Delta, Message, Prompt, TextPart, ToolCallDelta
+from llm_service.domain.conversation import Turn
 from llm_service.usecases.ports import StoredAnswer, Vectors
 
 
@@ -25,6 +27,11 @@ class CallRequest:
     """Texts to embed; the prompt is empty then."""
     dimensions: int | None = None
     traceparent: str = ""
+    call_id: UUID | None = None
+    """Given where something refers to the call before it begins."""
+    turn: Turn | None = None
+    """The round of a conversation that the call answers."""
+    summary_until: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ async def beat_once(
         return
     if places := [place for call in old for place in call.places]:
         await limiter.keep(places)
-    for call_id in await journal.beat([Heartbeat(call.checkpoint()) for call in old]):
+    for call_id in await journal.beat([Heartbeat(call.checkpoint(), call.turn_so_far()) for call in old]):
         if (call := running.get(call_id)) is not None:
             call.cancel()
     soon = clock.now() + hold_ttl / 2

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from llm_service.domain.call import Billing, CallRecord, CallState
 from llm_service.domain.chat import Delta, FinishReason, Message, Prompt, Role
+from llm_service.domain.conversation import Turn
 from llm_service.domain.deployment import Deployment, Directory
 from llm_service.domain.rate_limit import Limits
 from llm_service.domain.routing import FailureKind
@@ -106,12 +107,26 @@ class StoredAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """The answer of a conversation's turn, as far as it came. `prompt_tokens` is what it will weigh in prompts, by the
+    tokenizers of `token_family`; `summary_until` > 0 asks for a summary of what stands before that position."""
+
+    turn: Turn
+    message: Message
+    prompt_tokens: int
+    token_family: str
+    summary_until: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
     """A call's end: the record, and the answer when it is to be kept. `traceparent`: the trace that it belongs to."""
 
     record: CallRecord
     answer: StoredAnswer | None = None
     traceparent: str = ""
+    turn_end: TurnEnd | None = None
+    """Of a conversation's call: stored in the same transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +134,7 @@ class Heartbeat:
     """A running call as it stands; its usage is what has been counted so far."""
 
     record: CallRecord
+    turn_end: TurnEnd | None = None
 
 
 class CallJournal(Protocol):
@@ -163,6 +179,14 @@ class CallJournal(Protocol):
     async def move_sweep_cursor(self, to: datetime) -> None: ...
 
     async def prune_answers(self, *, before: datetime) -> int: ...
+
+
+class AbandonedTurns(Protocol):
+    """The conversations' side of the sweeper."""
+
+    async def abandoned_turn(self, record: CallRecord) -> TurnEnd | None:
+        """What is known of the turn of a call whose process died."""
+        ...
 
 
 class UpstreamFailure(Exception):

@@ -15,6 +15,7 @@ from uuid import UUID
 from llm_service.domain.call import CallRecord, CallState, End, judge, settle
 from llm_service.domain.chat import Delta, FinishReason
 from llm_service.domain.errors import RateLimited, UpstreamRejected
+from llm_service.domain.token_family import TOKENS_PER_MESSAGE
 from llm_service.usecases.admission import Admission
 from llm_service.usecases.attempts import Attempts, CallInterrupted, deadline_passed
 from llm_service.usecases.begin_call import CallBeginner, HoldUnclear
@@ -28,11 +29,12 @@ from llm_service.usecases.ports import (
     Settlement,
     StoredAnswer,
     TokenCounter,
+    TurnEnd,
     UpstreamChunk,
     UpstreamFailure,
     UserPolicies,
 )
-from llm_service.usecases.running_calls import NOTHING, RunningAttempt, RunningCall, RunningCalls
+from llm_service.usecases.running_calls import NOTHING, RunningAttempt, RunningCall, RunningCalls, tokens_of
 from llm_service.usecases.structured_answer import SchemaMismatch, StructuredAnswers
 from llm_service.usecases.usage_of import charge_attempt
 from servicekit.core.clock import Clock
@@ -207,7 +209,7 @@ class CallRunner:
             keep = self._keeps_answer(request, record, end)
             self._faults.reach(FaultPoint.BEFORE_SETTLE)
             recorded = await self._journal.settle(Settlement(
-                record, _stored(call) if keep else None, call.traceparent
+                record, _stored(call) if keep else None, call.traceparent, self._turn_end(call)
             ))
             self._faults.reach(FaultPoint.AFTER_SETTLE)
             if record.state is not CallState.SETTLED:
@@ -219,6 +221,14 @@ class CallRunner:
             for place in call.places:
                 self._admission.leave(place, used_tokens=_used(call))
             call.places.clear()
+
+    def _turn_end(self, call: RunningCall) -> TurnEnd | None:
+        if call.turn is None:
+            return None
+        message = call.answer.message()
+        family = tokens_of(call.deployment)
+        tokens = self._tokens.count_message(message, family) + TOKENS_PER_MESSAGE
+        return TurnEnd(call.turn, message, tokens, family, call.summary_until)
 
     def _settled(self, call: RunningCall, end: End, ended: Exception | None) -> CallRecord:
         attempt = call.attempt

@@ -11,10 +11,11 @@ from uuid import UUID
 
 from llm_service.domain.call import Attempt, AttemptKind, CallRecord
 from llm_service.domain.chat import Answer, FinishReason
+from llm_service.domain.conversation import Turn
 from llm_service.domain.deployment import Deployment
 from llm_service.domain.token_family import family_of
 from llm_service.domain.usage_merge import add_usage
-from llm_service.usecases.ports import Place, UpstreamFailure, Vectors
+from llm_service.usecases.ports import Place, TurnEnd, UpstreamFailure, Vectors
 from metering.charge import Quote, affordable_output_tokens, dearest
 from metering.usage import Usage, UsageSource
 
@@ -112,6 +113,8 @@ class RunningCall:
     is_ended: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
     traceparent: str = ""
+    turn: Turn | None = None
+    summary_until: int = 0
     _watch: asyncio.TimerHandle | None = None
     _watch_at: float = 0.0
     _overdue_at: float = 0.0
@@ -223,6 +226,13 @@ class RunningCall:
             self.record, usage=current if spent is NOTHING else add_usage(spent, current),
             first_token_at=self.first_token_at, **(self.served_by(attempt) if attempt else {}),
         )
+
+    def turn_so_far(self) -> TurnEnd | None:
+        """What a conversation keeps when the process dies now."""
+        if self.turn is None or not self.delivered:
+            return None
+        tokens = self.attempts[-1].counted_output_tokens
+        return TurnEnd(self.turn, self.answer.message(), tokens, self.attempts[-1].family, self.summary_until)
 
     def served_by(self, attempt: RunningAttempt) -> dict[str, Any]:
         """What of the record is as the model that serves it has it: its price holds for the whole call."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from llm_service.domain.call import CallState, sweep
-from llm_service.usecases.ports import CallJournal, CreditLedger, Settlement
+from llm_service.usecases.ports import AbandonedTurns, CallJournal, CreditLedger, Settlement
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DomainError
 from servicekit.telemetry.logs import EventLogger
@@ -26,11 +26,15 @@ Found = Callable[[str, int], None]
 def _tell_nobody(_state: str, _calls: int) -> None: ...
 
 
-async def sweep_abandoned(journal: CallJournal, *, clock: Clock, found: Found = _tell_nobody) -> int:
+async def sweep_abandoned(
+    journal: CallJournal, turns: AbandonedTurns, *, clock: Clock, found: Found = _tell_nobody
+) -> int:
     """Calls with a record whose lease ran out. Returns how many."""
     abandoned = await journal.claim_abandoned(limit=MOST_AT_ONCE)
     for record in abandoned:
-        recorded = await journal.settle(Settlement(sweep(record, at=clock.now())))
+        swept = sweep(record, at=clock.now())
+        end = await turns.abandoned_turn(record) if record.billing.conversation_id else None
+        recorded = await journal.settle(Settlement(swept, turn_end=end))
         log.warning("call_swept", call_id=str(record.call_id), state=recorded.state.name)
         found(recorded.state.name, 1)
     return len(abandoned)
@@ -52,13 +56,14 @@ async def sweep_orphaned_holds(
 
 
 async def sweep_calls(
-    journal: CallJournal, ledger: CreditLedger, *, clock: Clock, answers_kept: timedelta, found: Found = _tell_nobody
+    journal: CallJournal, ledger: CreditLedger, turns: AbandonedTurns, *, clock: Clock, answers_kept: timedelta,
+    found: Found = _tell_nobody,
 ) -> None:
     """Runs until it is cancelled. `found` is told of states and how many calls."""
     rounds = 0
     while True:
         try:
-            while await sweep_abandoned(journal, clock=clock, found=found) == MOST_AT_ONCE:
+            while await sweep_abandoned(journal, turns, clock=clock, found=found) == MOST_AT_ONCE:
                 pass
             if rounds % ORPHANS_EVERY == 0:
                 await sweep_orphaned_holds(journal, ledger, clock=clock, found=found)

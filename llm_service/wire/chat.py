@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from creditmesh.llm.v1 import chat_pb2, llm_service_pb2
+from creditmesh.llm.v1 import chat_pb2, conversation_service_pb2, llm_service_pb2
 
 from llm_service.domain.chat import (
     AudioPart,
@@ -27,13 +27,19 @@ from llm_service.usecases.ports import StoredAnswer, Vectors
 from servicekit.core.errors import InvalidField
 
 AnyCallRequest = llm_service_pb2.GenerateRequest | llm_service_pb2.StreamRequest
+WithOptions = AnyCallRequest | conversation_service_pb2.SendMessageRequest
 
 
 def prompt_from_proto(request: AnyCallRequest) -> Prompt:
     """Raises InvalidField for what the rules in the proto files can not say."""
+    return options_from_proto(request, messages_from_proto(request.messages))
+
+
+def options_from_proto(request: WithOptions, messages: tuple[Message, ...] = ()) -> Prompt:
+    """Everything but the messages. Raises InvalidField."""
     form = request.response_format.WhichOneof("format") if request.HasField("response_format") else None
     return Prompt(
-        messages=messages_from_proto(request.messages),
+        messages=messages,
         temperature=request.temperature if request.HasField("temperature") else None,
         top_p=request.top_p if request.HasField("top_p") else None,
         stop=tuple(request.stop),
@@ -62,15 +68,19 @@ def _message_from_proto(message: chat_pb2.Message, index: int) -> Message:
         raise InvalidField.of(f"{field}.tool_call_id", "goes together with ROLE_TOOL")
     if not message.content and not message.tool_calls:
         raise InvalidField.of(f"{field}.content", "must not be empty")
+    return _read(message)
+
+
+def _read(message: chat_pb2.Message) -> Message:
     return Message(
-        role=Role(message.role), parts=tuple(_part_from_proto(part) for part in message.content), name=message.name,
+        role=Role(message.role), parts=tuple(part_from_proto(part) for part in message.content), name=message.name,
         tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
         tool_call_id=message.tool_call_id, reasoning=message.reasoning,
         reasoning_signature=message.reasoning_signature,
     )
 
 
-def _part_from_proto(part: chat_pb2.Content) -> Part:
+def part_from_proto(part: chat_pb2.Content) -> Part:
     match part.WhichOneof("part"):
         case "image":
             image = part.image
@@ -98,7 +108,7 @@ def _schema_from_proto(schema: chat_pb2.JsonSchemaFormat) -> JsonSchema:
     return JsonSchema(schema.name, text, schema.strict)
 
 
-def _tool_choice_from_proto(request: AnyCallRequest) -> ToolChoiceMode | str | None:
+def _tool_choice_from_proto(request: WithOptions) -> ToolChoiceMode | str | None:
     if not request.HasField("tool_choice"):
         return None
     match request.tool_choice.WhichOneof("choice"):
@@ -124,15 +134,41 @@ def _checked_json(text: str, field: str) -> str:
 
 
 def message_to_proto(message: Message) -> chat_pb2.Message:
-    """A model's message: text, reasoning and tool calls."""
     return chat_pb2.Message(
-        role=chat_pb2.Role.ValueType(message.role),
-        content=[chat_pb2.Content(text=part.text) for part in message.parts if isinstance(part, TextPart)],
-        tool_calls=[
-            chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
-        ],
+        role=chat_pb2.Role.ValueType(message.role), content=[content_to_proto(part) for part in message.parts],
+        name=message.name, tool_calls=tool_calls_to_proto(message), tool_call_id=message.tool_call_id,
         reasoning=message.reasoning, reasoning_signature=message.reasoning_signature,
     )
+
+
+def content_to_proto(part: Part) -> chat_pb2.Content:
+    match part:
+        case ImagePart(url, data, mime_type, detail):
+            image = chat_pb2.Image(mime_type=mime_type, detail=detail)
+            if data:
+                image.data = data
+            else:
+                image.url = url
+            return chat_pb2.Content(image=image)
+        case AudioPart(data, form):
+            return chat_pb2.Content(audio=chat_pb2.Audio(data=data, format=form))
+        case FilePart(data, filename, mime_type):
+            return chat_pb2.Content(file=chat_pb2.File(data=data, filename=filename, mime_type=mime_type))
+        case TextPart(text):
+            return chat_pb2.Content(text=text)
+
+
+def tool_calls_to_proto(message: Message) -> list[chat_pb2.ToolCall]:
+    return [chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls]
+
+
+def message_to_bytes(message: Message) -> bytes:
+    """As it is kept."""
+    return message_to_proto(message).SerializeToString()
+
+
+def message_from_bytes(data: bytes) -> Message:
+    return _read(chat_pb2.Message.FromString(data))
 
 
 MESSAGE, VECTORS = b"m", b"v"
@@ -143,7 +179,7 @@ def answer_to_bytes(answer: StoredAnswer) -> bytes:
     if answer.vectors:
         embeddings = vectors_to_proto(answer.vectors)
         return VECTORS + llm_service_pb2.EmbedResponse(embeddings=embeddings).SerializeToString()
-    return MESSAGE + message_to_proto(answer.message).SerializeToString()
+    return MESSAGE + message_to_bytes(answer.message)
 
 
 def answer_from_bytes(data: bytes) -> StoredAnswer:
@@ -151,12 +187,7 @@ def answer_from_bytes(data: bytes) -> StoredAnswer:
     if kind == VECTORS:
         answer = llm_service_pb2.EmbedResponse.FromString(body)
         return StoredAnswer(vectors=tuple(tuple(each.values) for each in answer.embeddings))
-    message = chat_pb2.Message.FromString(body)
-    return StoredAnswer(Message(
-        role=Role(message.role), parts=tuple(TextPart(part.text) for part in message.content),
-        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
-        reasoning=message.reasoning, reasoning_signature=message.reasoning_signature,
-    ))
+    return StoredAnswer(message_from_bytes(body))
 
 
 def vectors_to_proto(vectors: Vectors) -> list[llm_service_pb2.Embedding]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from creditmesh.events.v1 import charge_requested_pb2
+from collections.abc import Iterator
+
+from creditmesh.events.v1 import charge_requested_pb2, turn_completed_pb2
 
 from llm_service.domain.call import CallRecord
+from llm_service.domain.chat import Message, TextPart
+from llm_service.usecases.ports import TurnEnd
 from metering.wire import quote_to_proto, usage_to_proto
 from servicekit.rpc.times import timestamp_to_proto
 
+TURN_COMPLETED = "chat.turn.completed"
+TURNS_TOPIC = "creditmesh.turns.v1"
+MOST_TEXT_BYTES = 16_384
+MOST_CONTEXT_BYTES = 2_048
+"""What a turn tells of each message at most."""
 CHARGE_REQUESTED = "credit.charge.requested"
 CHARGES_TOPIC = "creditmesh.charges.v1"
 
@@ -33,3 +42,29 @@ def charge_requested_to_bytes(record: CallRecord, *, corrects: bool = False) -> 
 
 def charge_requested_from_bytes(payload: bytes) -> charge_requested_pb2.ChargeRequested:
     return charge_requested_pb2.ChargeRequested.FromString(payload)
+
+
+def turn_completed_to_bytes(end: TurnEnd, record: CallRecord) -> bytes:
+    """What was said in a turn; texts only, each shortened."""
+    turn = end.turn
+    said = [(each.message, str(each.message_id)) for each in turn.asked] + [(end.message, str(turn.message_id))]
+    return turn_completed_pb2.TurnCompleted(
+        user_id=turn.user_id, conversation_id=str(turn.conversation_id), message_id=str(turn.message_id),
+        messages=_told(said[-64:], most_bytes=MOST_TEXT_BYTES),
+        context=_told([(each.message, str(each.message_id)) for each in turn.context], most_bytes=MOST_CONTEXT_BYTES),
+        occurred_at=timestamp_to_proto(record.ended_at or record.created_at), memory_ids=turn.memory_ids,
+        call_id=str(record.call_id),
+    ).SerializeToString()
+
+
+def turn_completed_from_bytes(payload: bytes) -> turn_completed_pb2.TurnCompleted:
+    return turn_completed_pb2.TurnCompleted.FromString(payload)
+
+
+def _told(messages: list[tuple[Message, str]], *, most_bytes: int) -> Iterator[turn_completed_pb2.TurnMessage]:
+    for message, message_id in messages:
+        text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
+        cut = text.encode()[:most_bytes].decode(errors="ignore")
+        yield turn_completed_pb2.TurnMessage(
+            role=turn_completed_pb2.TurnMessage.Role.ValueType(message.role), text=cut, message_id=message_id
+        )

@@ -11,6 +11,7 @@ from typing import Protocol
 class FaultPoint(StrEnum):
     """Where a process can die with the most to lose."""
 
+    AFTER_TURN_BEGUN = "after_turn_begun"
     BEFORE_HOLD = "before_hold"
     AFTER_HOLD = "after_hold"
     MID_STREAM = "mid_stream"

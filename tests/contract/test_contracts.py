@@ -49,7 +49,7 @@ def declared_services() -> dict[str, ServiceDescriptor]:
 def served_scopes() -> dict[str, dict[str, str | None]]:
     nothing: Any = None
     served = [
-        *tokenstore_servicers.services(nothing), *llm_servicers.services(nothing, nothing, nothing, nothing, nothing),
+        *tokenstore_servicers.services(nothing), *llm_servicers.services(*[nothing] * 8),
     ]
     return {service.name: dict(service.scopes) for service in served}
 
@@ -75,6 +75,9 @@ def test_every_declared_rpc_is_served_and_has_a_scope() -> None:
     ("llm.v1.LLMService", "Generate Stream Embed GetCall ListCalls CancelCall CountTokens"),
     ("llm.v1.ModelService",
      "RegisterModel GetModel ListModels UpdateModel DeleteModel ActivateModel DeactivateModel TestModel WatchModels"),
+    ("llm.v1.ConversationService",
+     "CreateConversation GetConversation ListConversations UpdateConversation DeleteConversation ListMessages"
+     " SendMessage"),
     ("tokenstore.v1.BalanceService", "GetBalance BatchGetBalances WatchBalance"),
     ("tokenstore.v1.HoldService", "OpenHolds ExtendHolds ReleaseHolds GetHold ListHolds"),
     ("tokenstore.v1.ChargeService", "RecordCharges RecordUsage ListChargeIssues ResolveChargeIssue"),

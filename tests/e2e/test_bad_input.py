@@ -285,7 +285,7 @@ def test_random_messages_never_break_a_server(mesh: Mesh, method: MethodDescript
         "LLMService": "calls", "ModelService": "models", "HoldService": "holds", "ChargeService": "charges",
         "LedgerService": "ledger", "BalanceService": "balances", "PricingService": "prices",
         "OrderService": "orders", "BudgetService": "budgets", "RewardService": "rewards",
-        "UserPolicyService": "policies",
+        "UserPolicyService": "policies", "ConversationService": "conversations",
     }[method.containing_service.name]
     waits = method.name in ("GetBalance", "WatchBalance", "WatchModels")  # for what may never come
     try:

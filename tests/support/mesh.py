@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import psycopg
 from creditmesh.llm.v1 import (
+    conversation_service_pb2_grpc,
     llm_service_pb2,
     llm_service_pb2_grpc,
     model_service_pb2,
@@ -176,6 +177,10 @@ class Mesh:
     @property
     def policies(self) -> Any:
         return self._stub(user_policy_service_pb2_grpc.UserPolicyServiceStub, self.llm_address)
+
+    @property
+    def conversations(self) -> Any:
+        return self._stub(conversation_service_pb2_grpc.ConversationServiceStub, self.llm_address)
 
     @property
     def ledger(self) -> Any:

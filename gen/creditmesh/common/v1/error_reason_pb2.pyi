@@ -106,6 +106,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no such issue."""
     ERROR_REASON_CHARGE_ISSUE_NOT_RESOLVABLE: _ErrorReason.ValueType  # 40
     """FAILED_PRECONDITION: the issue is closed, or this action does not help it."""
+    ERROR_REASON_CONVERSATION_NOT_FOUND: _ErrorReason.ValueType  # 41
+    """NOT_FOUND: no such conversation, or another user's."""
+    ERROR_REASON_CONVERSATION_BUSY: _ErrorReason.ValueType  # 42
+    """ABORTED: an answer is under way in this conversation; metadata: call_id; `google.rpc.RetryInfo`."""
+    ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 43
+    """NOT_FOUND: no such message in this conversation."""
+    ERROR_REASON_TOOL_RESULTS_MISSING: _ErrorReason.ValueType  # 44
+    """FAILED_PRECONDITION: the newest message asks for tools, and their results are to be sent; metadata: tool_call_ids."""
+    ERROR_REASON_TOO_MANY_BRANCHES: _ErrorReason.ValueType  # 45
+    """FAILED_PRECONDITION: a conversation has no room for more branches."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that `google.rpc.ErrorInfo.reason` can carry, without the prefix: `INVALID_FIELD`, ...
@@ -196,4 +206,14 @@ ERROR_REASON_CHARGE_ISSUE_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: no such issue."""
 ERROR_REASON_CHARGE_ISSUE_NOT_RESOLVABLE: ErrorReason.ValueType  # 40
 """FAILED_PRECONDITION: the issue is closed, or this action does not help it."""
+ERROR_REASON_CONVERSATION_NOT_FOUND: ErrorReason.ValueType  # 41
+"""NOT_FOUND: no such conversation, or another user's."""
+ERROR_REASON_CONVERSATION_BUSY: ErrorReason.ValueType  # 42
+"""ABORTED: an answer is under way in this conversation; metadata: call_id; `google.rpc.RetryInfo`."""
+ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 43
+"""NOT_FOUND: no such message in this conversation."""
+ERROR_REASON_TOOL_RESULTS_MISSING: ErrorReason.ValueType  # 44
+"""FAILED_PRECONDITION: the newest message asks for tools, and their results are to be sent; metadata: tool_call_ids."""
+ERROR_REASON_TOO_MANY_BRANCHES: ErrorReason.ValueType  # 45
+"""FAILED_PRECONDITION: a conversation has no room for more branches."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

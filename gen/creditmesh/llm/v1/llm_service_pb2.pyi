@@ -11,6 +11,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +22,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _MemoryUse:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryUseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryUse.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_USE_UNSPECIFIED: _MemoryUse.ValueType  # 0
+    """The conversation does not use memories."""
+    MEMORY_USE_SHOWN: _MemoryUse.ValueType  # 1
+    """Some were found and shown."""
+    MEMORY_USE_NONE: _MemoryUse.ValueType  # 2
+    """None fits."""
+    MEMORY_USE_UNAVAILABLE: _MemoryUse.ValueType  # 3
+    """The memory service did not answer in time; the model answers without."""
+
+class MemoryUse(_MemoryUse, metaclass=_MemoryUseEnumTypeWrapper):
+    """Whether long-term memories went into a prompt."""
+
+MEMORY_USE_UNSPECIFIED: MemoryUse.ValueType  # 0
+"""The conversation does not use memories."""
+MEMORY_USE_SHOWN: MemoryUse.ValueType  # 1
+"""Some were found and shown."""
+MEMORY_USE_NONE: MemoryUse.ValueType  # 2
+"""None fits."""
+MEMORY_USE_UNAVAILABLE: MemoryUse.ValueType  # 3
+"""The memory service did not answer in time; the model answers without."""
+Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -499,6 +528,7 @@ class Started(_message.Message):
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Identity of the call, a UUIDv7."""
     request_id: _builtins.str
@@ -513,6 +543,10 @@ class Started(_message.Message):
     """Provider that serves it: LOCAL (the built-in offline model), OPENAI_CHAT, ..."""
     replayed: _builtins.bool
     """True when a stored answer follows; nothing new is charged."""
+    @_builtins.property
+    def history(self) -> Global___ShownHistory:
+        """What the model is shown of the conversation; only in SendMessage."""
+
     def __init__(
         self,
         *,
@@ -523,14 +557,55 @@ class Started(_message.Message):
         max_output_tokens: _builtins.int = ...,
         provider: _builtins.str = ...,
         replayed: _builtins.bool = ...,
+        history: Global___ShownHistory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "hold_micros", b"hold_micros", "max_output_tokens", b"max_output_tokens", "model", b"model", "provider", b"provider", "replayed", b"replayed", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "history", b"history", "hold_micros", b"hold_micros", "max_output_tokens", b"max_output_tokens", "model", b"model", "provider", b"provider", "replayed", b"replayed", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Started: _TypeAlias = Started  # noqa: Y015
+
+@_typing.final
+class ShownHistory(_message.Message):
+    """What of a conversation the model is shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    DROPPED_MESSAGES_FIELD_NUMBER: _builtins.int
+    SUMMARISED_FIELD_NUMBER: _builtins.int
+    MEMORY_USE_FIELD_NUMBER: _builtins.int
+    MEMORY_IDS_FIELD_NUMBER: _builtins.int
+    messages: _builtins.int
+    """Messages before the one that was sent."""
+    dropped_messages: _builtins.int
+    """Older ones that do not fit the model's context window; they are stored all the same."""
+    summarised: _builtins.bool
+    """Whether a summary stands for what was left out."""
+    memory_use: Global___MemoryUse.ValueType
+    """What became of the memories."""
+    @_builtins.property
+    def memory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Memories that the model is shown."""
+
+    def __init__(
+        self,
+        *,
+        messages: _builtins.int = ...,
+        dropped_messages: _builtins.int = ...,
+        summarised: _builtins.bool = ...,
+        memory_use: Global___MemoryUse.ValueType = ...,
+        memory_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_messages", b"dropped_messages", "memory_ids", b"memory_ids", "memory_use", b"memory_use", "messages", b"messages", "summarised", b"summarised"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShownHistory: _TypeAlias = ShownHistory  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):
@@ -640,6 +715,8 @@ class Finished(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    USER_MESSAGE_ID_FIELD_NUMBER: _builtins.int
     finish_reason: _chat_pb2.FinishReason.ValueType
     """Why it ended."""
     upstream_model: _builtins.str
@@ -648,6 +725,10 @@ class Finished(_message.Message):
     """Model servers that were asked, retries and repairs included."""
     fallback: _builtins.bool
     """True when another model than the first choice answered."""
+    message_id: _builtins.str
+    """The stored answer; only in SendMessage."""
+    user_message_id: _builtins.str
+    """The stored message that was sent, the newest of several tool results; only in SendMessage."""
     @_builtins.property
     def usage(self) -> _billing_pb2.Usage:
         """What was used."""
@@ -675,10 +756,12 @@ class Finished(_message.Message):
         attempts: _builtins.int = ...,
         fallback: _builtins.bool = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        message_id: _builtins.str = ...,
+        user_message_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "charge", b"charge", "fallback", b"fallback", "finish_reason", b"finish_reason", "metadata", b"metadata", "timing", b"timing", "upstream_model", b"upstream_model", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "charge", b"charge", "fallback", b"fallback", "finish_reason", b"finish_reason", "message_id", b"message_id", "metadata", b"metadata", "timing", b"timing", "upstream_model", b"upstream_model", "usage", b"usage", "user_message_id", b"user_message_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
