@@ -9,6 +9,7 @@ COPY servicekit servicekit
 COPY metering metering
 COPY llm_service llm_service
 COPY tokenstore_service tokenstore_service
+COPY memory_worker memory_worker
 RUN /venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.11-slim
@@ -16,5 +17,5 @@ RUN useradd --system --uid 10001 --no-create-home creditmesh
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER creditmesh
-EXPOSE 50051 50052 9091 9092
+EXPOSE 50051 50052 50053 9091 9092 9093
 CMD ["python", "-m", "llm_service"]

@@ -26,6 +26,7 @@ import psycopg
 
 from benchmarks.charges import charges_by_kafka, charges_by_rpc
 from benchmarks.growth import GROWTH, export_all, grow, measure_reads
+from benchmarks.memories import memory_jobs, memory_reads
 from benchmarks.peers import peers_table
 from benchmarks.processes import Cpu, load, rss_megabytes, start
 from deploy.local.kafka import Kafka
@@ -220,6 +221,19 @@ def conversations(bench: Bench) -> Table:
     return rows
 
 
+def memory(bench: Bench) -> Table:
+    """Jobs by the built-in model, which answers at once: one fact each, all new; and Retrieve, of users with 1 000."""
+    mesh = bench.new_mesh("memory")
+    mesh.start_memory(MEMORY_ACCESS_LOG="errors")
+    rows: Table = []
+    try:
+        rows += memory_jobs(bench, mesh)
+        rows += memory_reads(bench, mesh)
+    finally:
+        mesh.stop()
+    return rows
+
+
 def reads(bench: Bench) -> Table:
     rows: Table = []
     balance = bench.median("balance", bench.mesh.tokenstore_address, concurrency=16)
@@ -382,8 +396,8 @@ def peers(bench: Bench) -> Table:
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], Table]] = {
-    "unary": unary, "streams": streams, "conversations": conversations, "workers": workers, "peers": peers,
-    "reads": reads, "footprint": footprint, "charges": charges, "ledger": ledger, "growth": growth,
+    "unary": unary, "streams": streams, "conversations": conversations, "memory": memory, "workers": workers,
+    "peers": peers, "reads": reads, "footprint": footprint, "charges": charges, "ledger": ledger, "growth": growth,
 }
 DEFAULT = [name for name in MEASUREMENTS if name not in ("growth", "peers")]
 """`growth` fills tens of gigabytes and takes long, `peers` needs other gateways installed: ask for them by --only."""

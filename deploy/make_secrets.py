@@ -9,9 +9,10 @@ import secrets
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "secrets"
-LLM_SCOPES = ["holds.write", "charges.write", "balance.read"]
-BACKEND_SCOPES = ["llm.call", "balance.read", "ledger.read"]
-OPERATOR_SCOPES = [*BACKEND_SCOPES, "models.admin", "prices.admin", "ledger.adjust"]
+LLM_SCOPES = ["holds.write", "charges.write", "balance.read", "memory.read", "memory.write"]
+MEMORY_SCOPES = ["llm.call"]
+BACKEND_SCOPES = ["llm.call", "balance.read", "ledger.read", "memory.read", "memory.write"]
+OPERATOR_SCOPES = [*BACKEND_SCOPES, "models.admin", "prices.admin", "ledger.adjust", "memory.admin"]
 
 
 def write_once(name: str, text: str) -> str:
@@ -30,6 +31,7 @@ def main() -> None:
     write_once("llm_secret_key", base64.b64encode(secrets.token_bytes(32)).decode())
     tokens = {
         "llm_service": (write_once("llm_token", secrets.token_urlsafe(32)), LLM_SCOPES),
+        "memory_worker": (write_once("memory_token", secrets.token_urlsafe(32)), MEMORY_SCOPES),
         "backend": (write_once("backend_token", secrets.token_urlsafe(32)), BACKEND_SCOPES),
         "operator": (write_once("operator_token", secrets.token_urlsafe(32)), OPERATOR_SCOPES),
     }

@@ -14,6 +14,7 @@ from llm_service.clients.anthropic_format import AnthropicFormat
 from llm_service.clients.credit_ledger import DirectChargeDelivery, GrpcCreditLedger
 from llm_service.clients.http_model import HttpModel
 from llm_service.clients.local_model import LocalModel, manners_of
+from llm_service.clients.memory_service import DirectDelivery, DirectTurnDelivery, GrpcMemories
 from llm_service.clients.openai_chat_format import OpenAiChatFormat
 from llm_service.clients.openai_responses_format import OpenAiResponsesFormat
 from llm_service.clients.token_counter import BpeTokenCounter
@@ -38,6 +39,7 @@ from llm_service.usecases.attempts import Attempts
 from llm_service.usecases.begin_call import CallBeginner
 from llm_service.usecases.conversation_chores import Chores
 from llm_service.usecases.conversation_history import HistoryReader
+from llm_service.usecases.conversation_ports import Memories
 from llm_service.usecases.keep_calls_alive import keep_calls_alive
 from llm_service.usecases.manage_conversations import Conversations
 from llm_service.usecases.manage_models import ModelAdministration
@@ -56,6 +58,7 @@ from llm_service.wire.events import (
     charge_event_id,
     charge_requested_to_bytes,
     turn_completed_to_bytes,
+    turn_key,
 )
 from servicekit.core.clock import SystemClock
 from servicekit.core.faults import faults_from
@@ -96,12 +99,13 @@ async def serve(settings: Settings) -> None:
         return event_id, CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record, corrects=corrects)
 
     turns_topic = settings.kafka_topic_prefix + TURNS_TOPIC
-    tells_turns = bool(settings.kafka_bootstrap_servers)
+    by_kafka = bool(settings.kafka_bootstrap_servers)
 
-    def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, bytes] | None:
-        if not (tells_turns and end.turn.remembers):
+    def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
+        if not (end.turn.remembers and (by_kafka or settings.memory_target)):
             return None
-        return str(end.turn.message_id), TURN_COMPLETED, turns_topic, turn_completed_to_bytes(end, record)
+        key = turn_key(end.turn.user_id, by_kafka=by_kafka)
+        return key, str(end.turn.message_id), TURN_COMPLETED, turns_topic, turn_completed_to_bytes(end, record)
 
     hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
     log.info("starting", **redacted(settings))
@@ -154,6 +158,16 @@ async def serve(settings: Settings) -> None:
             limiter, clock=clock, queue_seconds=settings.queue_seconds, most_waiting=settings.most_waiting_calls
         )
         publisher: Publisher = DirectChargeDelivery(channel, token)
+        memory: Memories | None = None
+        if settings.memory_target:
+            memory_channel = open_channel(
+                settings.memory_target, ca_file=settings.memory_tls_ca_file,
+                cert_file=settings.memory_tls_cert_file, key_file=settings.memory_tls_key_file,
+            )
+            stack.push_async_callback(memory_channel.close)
+            memory_token = TokenMetadata(settings.memory_token_file)
+            memory = GrpcMemories(memory_channel, memory_token, seconds=settings.memory_seconds)
+            publisher = DirectDelivery(publisher, DirectTurnDelivery(memory_channel, memory_token))
         if settings.kafka_bootstrap_servers:
             await stack.enter_async_context(background(
                 lambda: ensure_topics(settings.kafka_bootstrap_servers, [charges_topic, turns_topic]),
@@ -187,7 +201,7 @@ async def serve(settings: Settings) -> None:
         conversations = PostgresConversations(database, rows)
         sender = MessageSender(
             conversations, runner, journal, directory,
-            HistoryReader(conversations, tokens, most=settings.history_messages), None, clock=clock, ids=ids,
+            HistoryReader(conversations, tokens, most=settings.history_messages), memory, clock=clock, ids=ids,
             faults=faults, turn_seconds=settings.call_lease_seconds + settings.queue_seconds + TURN_SLACK_SECONDS,
         )
         chores = Chores(PostgresConversationTasks(database, rows), conversations, runner)

@@ -42,6 +42,12 @@ class Settings(ServerSettings):
     user_max_concurrency: int = Field(default=0, ge=0, le=1_000_000)
     user_rpm: int = Field(default=0, ge=0, le=100_000_000)
     user_tpm: int = Field(default=0, ge=0, le=1_000_000_000)
+    memory_target: str = ""
+    memory_token_file: Path | None = None
+    memory_tls_ca_file: Path | None = None
+    memory_tls_cert_file: Path | None = None
+    memory_tls_key_file: Path | None = None
+    memory_seconds: float = Field(default=0.3, gt=0, le=30)
     seal_conversations: bool = False
     history_messages: int = Field(default=1000, ge=1, le=2000)
 

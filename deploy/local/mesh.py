@@ -34,7 +34,8 @@ LEAST_FREE_BYTES = 512 * 1024 * 1024
 READY_SECONDS = 60.0
 STOP_SECONDS = 45.0
 KAFKA_PORT = 19092
-COLOURS = {"tokenstore": "\033[36m", "llm": "\033[35m"}
+COLOURS = {"tokenstore": "\033[36m", "llm": "\033[35m", "memory": "\033[33m"}
+MODULES = {"tokenstore": "tokenstore_service", "llm": "llm_service", "memory": "memory_worker"}
 HIDDEN_FIELDS = {"at", "level", "service", "event", "trace"}
 
 BANNER = """
@@ -42,11 +43,13 @@ creditmesh is running{how}. Ctrl-C stops it; what it stored stays in {run}.
 
   llm_service         {llm}   (metrics http://{llm_metrics}/metrics)
   tokenstore_service  {tokenstore}   (metrics http://{tokenstore_metrics}/metrics)
+  memory_worker       {memory}   (metrics http://{memory_metrics}/metrics)
   PostgreSQL          {postgres}{kafka}
 
-No service token is asked for on this machine's loopback addresses (LLM_AUTH=none, TOKENSTORE_AUTH=none).
+No service token is asked for on this machine's loopback addresses (LLM_AUTH=none, TOKENSTORE_AUTH=none, MEMORY_AUTH=none).
 Payments by the provider "mock" are taken without a signature (TOKENSTORE_ALLOW_MOCK_PAYMENT=true): for trying only.
-While no model is registered, alias pro is served by the built-in LOCAL model. Try, in another terminal:
+While no model is registered, the aliases pro, lite, embedding and those of the memory are served by the built-in LOCAL
+model; it remembers by a few rules over English sentences. Try, in another terminal:
 
   .venv/bin/tokenstore-service credit alice 100{ts}
   .venv/bin/llm-service stream alice "Hello, what are you?"{ll}
@@ -61,6 +64,9 @@ the same with grpcurl:
   grpcurl -plaintext -d '{{"user_id":"alice","product_id":"free_100","idempotency_key":"o-1"}}' {tokenstore} creditmesh.tokenstore.v1.OrderService/CreateOrder
   grpcurl -plaintext -d '{{"billing":{{"user_id":"alice","scene":"chat"}},"messages":[{{"role":"ROLE_USER","content":[{{"text":"hi"}}]}}]}}' \\
     {llm} creditmesh.llm.v1.LLMService/Stream
+  grpcurl -plaintext -d '{{"user_id":"alice","model":"pro","use_memories":true}}' {llm} creditmesh.llm.v1.ConversationService/CreateConversation
+  grpcurl -plaintext -d '{{"user_id":"alice","conversation_id":"ID","request_id":"m1","content":[{{"text":"I live in Lisbon."}}]}}' \\
+    {llm} creditmesh.llm.v1.ConversationService/SendMessage
   grpcurl -plaintext -d '{{"user_id":"alice","page_size":5}}' {tokenstore} creditmesh.tokenstore.v1.LedgerService/ListTransactions
   grpcurl -plaintext -d '{{"user_id":"alice","event_id":"CALL_ID"}}' {tokenstore} creditmesh.tokenstore.v1.LedgerService/ExplainCharge
   grpcurl -plaintext -d '{{"model":{{"alias":"pro","provider":"PROVIDER_OPENAI_CHAT","base_url":"http://127.0.0.1:3030/v1","upstream_model":"NAME","api_key":"sk-...","active":true}}}}' \\
@@ -83,7 +89,7 @@ class Server:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{self.name}_service"], cwd=ROOT, env=self._environ, stdout=subprocess.PIPE,
+            [sys.executable, "-m", MODULES[self.name]], cwd=ROOT, env=self._environ, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
         )
         assert self._process.stdout is not None
@@ -128,6 +134,8 @@ def addresses() -> dict[str, str]:
         "LLM_METRICS_LISTEN": os.environ.get("LLM_METRICS_LISTEN", "127.0.0.1:9091"),
         "TOKENSTORE_LISTEN": os.environ.get("TOKENSTORE_LISTEN", "127.0.0.1:50052"),
         "TOKENSTORE_METRICS_LISTEN": os.environ.get("TOKENSTORE_METRICS_LISTEN", "127.0.0.1:9092"),
+        "MEMORY_LISTEN": os.environ.get("MEMORY_LISTEN", "127.0.0.1:50053"),
+        "MEMORY_METRICS_LISTEN": os.environ.get("MEMORY_METRICS_LISTEN", "127.0.0.1:9093"),
     }
 
 
@@ -177,7 +185,7 @@ def secret_key_file() -> Path:
 def migrate(name: str, url: str) -> None:
     environ = {**os.environ, f"{name.upper()}_DATABASE_URL": url}
     done = subprocess.run(
-        [sys.executable, "-m", f"{name}_service", "migrate"], cwd=ROOT, env=environ, capture_output=True, check=False
+        [sys.executable, "-m", MODULES[name], "migrate"], cwd=ROOT, env=environ, capture_output=True, check=False
     )
     if done.returncode != 0:
         lines = done.stderr.decode().strip().splitlines() or ["no output"]
@@ -211,10 +219,10 @@ def run(*, with_kafka: bool) -> None:
         postgres = Postgres(RUN / "postgres")
         postgres.start()
         stack.callback(postgres.stop)
-        for name in ("tokenstore", "llm"):
+        for name in MODULES:
             postgres.create_database(name)
         migrations = [
-            threading.Thread(target=migrate, args=(name, postgres.url(name))) for name in ("tokenstore", "llm")
+            threading.Thread(target=migrate, args=(name, postgres.url(name))) for name in MODULES
         ]
         for thread in migrations:
             thread.start()
@@ -233,22 +241,26 @@ def run(*, with_kafka: bool) -> None:
             "TOKENSTORE_ALLOW_MOCK_PAYMENT": os.environ.get("TOKENSTORE_ALLOW_MOCK_PAYMENT", "true"),
             "LLM_KAFKA_BOOTSTRAP_SERVERS": kafka_servers, "TOKENSTORE_KAFKA_BOOTSTRAP_SERVERS": kafka_servers,
             "LLM_TOKENSTORE_TARGET": listens["TOKENSTORE_LISTEN"], "LLM_DATABASE_URL": postgres.url("llm"),
+            "LLM_MEMORY_TARGET": listens["MEMORY_LISTEN"], "MEMORY_LLM_TARGET": listens["LLM_LISTEN"],
+            "MEMORY_AUTH": os.environ.get("MEMORY_AUTH", "none"), "MEMORY_DATABASE_URL": postgres.url("memory"),
+            "MEMORY_KAFKA_BOOTSTRAP_SERVERS": kafka_servers,
             "TOKENSTORE_DATABASE_URL": postgres.url("tokenstore"), "LLM_SECRET_KEY_FILE": str(secret_key_file()),
         }
         shared = {
             name: value for name, value in shared.items() if name != "LLM_SECRET_KEY_FILE" or not os.environ.get("LLM_SECRET_KEY")
         }
-        servers = [Server("tokenstore", shared), Server("llm", shared)]
+        servers = [Server(name, shared) for name in MODULES]
         for server in servers:
             server.start()
             stack.callback(server.stop)
         wait_until_serving(listens["TOKENSTORE_LISTEN"], servers[0])
         wait_until_serving(listens["LLM_LISTEN"], servers[1])
+        wait_until_serving(listens["MEMORY_LISTEN"], servers[2])
         show_banner(listens, postgres, kafka_servers)
         (RUN / "mesh.pid").write_text(str(os.getpid()))
         lock.truncate(0)
         lock.write(f"llm_service on {listens['LLM_LISTEN']}, tokenstore_service on {listens['TOKENSTORE_LISTEN']}, "
-                   f"process {os.getpid()}")
+                   f"memory_worker on {listens['MEMORY_LISTEN']}, process {os.getpid()}")
         lock.flush()
         while not stopping.wait(0.2):
             for server in servers:
@@ -262,6 +274,7 @@ def show_banner(listens: dict[str, str], postgres: Postgres, kafka_servers: str)
     llm, tokenstore = listens["LLM_LISTEN"], listens["TOKENSTORE_LISTEN"]
     print(BANNER.format(
         how=" with Kafka between the services" if kafka_servers else "", run=RUN, llm=llm, tokenstore=tokenstore,
+        memory=listens["MEMORY_LISTEN"], memory_metrics=listens["MEMORY_METRICS_LISTEN"] or "off",
         llm_metrics=listens["LLM_METRICS_LISTEN"] or "off",
         tokenstore_metrics=listens["TOKENSTORE_METRICS_LISTEN"] or "off", postgres=postgres.url("tokenstore"),
         kafka=f"\n  Kafka               {kafka_servers}" if kafka_servers else "",

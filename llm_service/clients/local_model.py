@@ -19,6 +19,7 @@ from typing import Any
 from llm_service.clients.upstream_failures import failure_of
 from llm_service.domain.chat import Delta, FinishReason, Prompt, Role, TextPart, ToolCallDelta
 from llm_service.domain.deployment import Deployment
+from llm_service.domain.local_memory import answer_of
 from llm_service.domain.schema_instance import instance_of
 from llm_service.usecases.ports import Question, TokenCounter, UpstreamChunk, UpstreamFailure
 from metering.usage import Usage
@@ -213,10 +214,16 @@ def _said(prompt: Prompt, manners: Manners) -> list[str]:
     if manners.words:
         return [" word"] * manners.words
     if prompt.json_schema is not None:
+        if (remembered := answer_of(prompt.json_schema.name, _last_words(prompt))) is not None:
+            return list(_pieces(remembered))
         return list(_pieces(instance_of(prompt.json_schema.schema, "the built-in LOCAL model made this up")))
     if prompt.json_object:
         return list(_pieces('{"answer": "the built-in LOCAL model made this up"}'))
     return reply_to(prompt)
+
+
+def _last_words(prompt: Prompt) -> str:
+    return "".join(part.text for part in prompt.messages[-1].parts if isinstance(part, TextPart))
 
 
 def vector_of(text: str, dimensions: int) -> tuple[float, ...]:

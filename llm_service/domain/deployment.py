@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import IntEnum
 from typing import Any
@@ -108,7 +108,8 @@ BUILT_IN = Deployment(
     model_id="", alias=DEFAULT_ALIAS, provider=Provider.LOCAL, base_url="", upstream_model="local", api_key="",
     active=True, context_window=128_000,
 )
-"""Serves the default alias while nothing at all is registered, so that a new mesh answers without a key."""
+"""Serves the aliases below while nothing at all is registered, so that a new mesh answers without a key."""
+BUILT_IN_ALIASES = (DEFAULT_ALIAS, "lite", "memory_extract", "memory_decision_compare", DEFAULT_EMBEDDING_ALIAS)
 
 
 class Directory:
@@ -119,7 +120,7 @@ class Directory:
         for deployment in deployments:
             self._by_alias.setdefault(deployment.alias, []).append(deployment)
         if not self._by_alias:
-            self._by_alias[BUILT_IN.alias] = [BUILT_IN]
+            self._by_alias = {alias: [replace(BUILT_IN, alias=alias)] for alias in BUILT_IN_ALIASES}
 
     def tiers(
         self, alias: str, *, draw: Callable[[], float], needed: frozenset[str] = frozenset()

@@ -22,8 +22,8 @@ from servicekit.outbox.table import INSERT_COLUMNS
 
 RECORD_COLUMNS = """
     conversation uuid, turn_content text, turn_tokens integer, turn_family text, turn_state smallint,
-    turn_event text, turn_type text, turn_topic text, turn_payload text, turn_lane smallint, turn_summary integer,
-    turn_memories jsonb
+    turn_key text, turn_event text, turn_type text, turn_topic text, turn_payload text, turn_lane smallint,
+    turn_summary integer, turn_memories jsonb
 """
 _IS_SETTLED = f"t.state = {CallState.SETTLED:d}"
 _SAME = "t.user_id = {0}.user_id AND t.conversation_id = {0}.conversation_id"
@@ -42,7 +42,7 @@ SETTLE = f""", ended AS MATERIALIZED (
 ), turn AS MATERIALIZED (
     SELECT e.user_id, e.its_conversation AS conversation_id, e.call_id, e.state, e.tokens, e.micros, e.ended_at,
         e.finish_reason, e.traceparent, e.turn_content, e.turn_tokens, e.turn_family, e.turn_state, e.turn_event,
-        e.turn_type, e.turn_topic, e.turn_payload, e.turn_lane, e.turn_summary, e.turn_memories, l.title,
+        e.turn_key, e.turn_type, e.turn_topic, e.turn_payload, e.turn_lane, e.turn_summary, e.turn_memories, l.title,
         l.compact_history,
         l.running_branch AS branch, l.running_first AS first, l.running_last AS last, l.running_message_id AS message_id
     FROM ended e JOIN locked l
@@ -102,7 +102,7 @@ SETTLE = f""", ended AS MATERIALIZED (
     ON CONFLICT DO NOTHING
 ), told AS (
     INSERT INTO outbox_message ({INSERT_COLUMNS}, traceparent)
-    SELECT t.turn_lane, t.user_id, t.turn_event, t.turn_type, t.turn_topic, decode(t.turn_payload, 'hex'),
+    SELECT t.turn_lane, t.turn_key, t.turn_event, t.turn_type, t.turn_topic, decode(t.turn_payload, 'hex'),
         coalesce(t.traceparent, '')
     FROM turn t WHERE {_IS_SETTLED} AND t.turn_payload IS NOT NULL
 )
@@ -132,7 +132,8 @@ FROM json_to_recordset(%(turns)s::json) AS d (
 WHERE m.user_id = d.user_id AND m.conversation_id = d.conversation AND m.message_id = d.message_id
     AND m.state = {MessageState.PENDING:d}
 """
-TurnEvent = Callable[[TurnEnd, CallRecord], tuple[str, str, str, bytes] | None]
+TurnEvent = Callable[[TurnEnd, CallRecord], tuple[str, str, str, str, bytes] | None]
+"""Key, id, type, topic and bytes of a turn's event."""
 
 
 class TurnRows:
@@ -161,10 +162,10 @@ class TurnRows:
                 "turn_memories": end.turn.memory_ids,
             }
             if (event := self._event_of(end, record)) is not None:
-                event_id, event_type, topic, payload = event
+                key, event_id, event_type, topic, payload = event
                 row |= {
-                    "turn_event": event_id, "turn_type": event_type, "turn_topic": topic,
-                    "turn_payload": payload.hex(), "turn_lane": lane_of(record.billing.user_id),
+                    "turn_key": key, "turn_event": event_id, "turn_type": event_type, "turn_topic": topic,
+                    "turn_payload": payload.hex(), "turn_lane": lane_of(key),
                 }
         return row
 

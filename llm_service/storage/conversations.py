@@ -25,7 +25,7 @@ from llm_service.domain.errors import ConversationNotFound
 from llm_service.storage.conversation_books import conversation_of
 from llm_service.storage.conversation_rows import ConversationRows, Key
 from llm_service.usecases.ports import TurnEnd
-from llm_service.wire.events import TURN_COMPLETED
+from llm_service.wire.events import TURN_COMPLETED, turn_key
 from servicekit.core.errors import IdempotencyConflict
 from servicekit.db.database import Connection, Database
 
@@ -123,7 +123,7 @@ DELETE FROM call_answer WHERE user_id = %(user_id)s AND call_id IN (
 )
 """
 ERASE_EVENTS = """
-DELETE FROM outbox_message WHERE key = %(user_id)s AND event_type = %(event_type)s AND event_id IN (
+DELETE FROM outbox_message WHERE key = ANY(%(keys)s) AND event_type = %(event_type)s AND event_id IN (
     SELECT message_id::text FROM message WHERE user_id = %(user_id)s AND conversation_id = %(conversation_id)s
 )
 """
@@ -207,7 +207,8 @@ class PostgresConversations:
         return self._rows.conversation(row) if row else None
 
     async def delete(self, user_id: str, conversation_id: UUID) -> UUID | None:
-        keys = {"user_id": user_id, "conversation_id": conversation_id, "event_type": TURN_COMPLETED}
+        keys = {"user_id": user_id, "conversation_id": conversation_id, "event_type": TURN_COMPLETED,
+                "keys": [user_id, turn_key(user_id, by_kafka=False)]}
         async with self._database.transaction() as connection:
             cursor = connection.cursor(row_factory=dict_row)
             row = await (await cursor.execute(LOCK, (user_id, conversation_id))).fetchone()

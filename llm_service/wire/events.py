@@ -57,6 +57,12 @@ def turn_completed_to_bytes(end: TurnEnd, record: CallRecord) -> bytes:
     ).SerializeToString()
 
 
+def turn_key(user_id: str, *, by_kafka: bool) -> str:
+    """In the outbox. Kafka parts by user; delivered directly, turns have an order of their own, so that a memory
+    service that is away holds up no charge."""
+    return user_id if by_kafka else f"turns:{user_id}"
+
+
 def turn_completed_from_bytes(payload: bytes) -> turn_completed_pb2.TurnCompleted:
     return turn_completed_pb2.TurnCompleted.FromString(payload)
 

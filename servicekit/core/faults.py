@@ -23,6 +23,13 @@ class FaultPoint(StrEnum):
     APPLY_WRITTEN = "apply_written"
     BEFORE_APPLY_COMMIT = "before_apply_commit"
     AFTER_APPLY_COMMIT = "after_apply_commit"
+    JOB_CLAIMED = "job_claimed"
+    BEFORE_ASKING = "before_asking"
+    ANSWERED = "answered"
+    ANSWER_KEPT = "answer_kept"
+    RECALLED = "recalled"
+    FACT_DECIDED = "fact_decided"
+    JOB_FINISHED = "job_finished"
 
 
 class Faults(Protocol):

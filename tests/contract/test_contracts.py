@@ -15,10 +15,12 @@ from creditmesh.events.v1 import charge_requested_pb2
 from google.protobuf.descriptor import ServiceDescriptor
 
 import llm_service.domain.errors
+import memory_worker.domain.errors
 import tokenstore_service.domain.errors
 from llm_service.domain.call import Billing, CallRecord, CallState
 from llm_service.transport import servicers as llm_servicers
 from llm_service.wire.events import charge_requested_to_bytes
+from memory_worker.transport import servicers as memory_servicers
 from metering.charge import Quote, Rates
 from metering.usage import Usage
 from servicekit.core.clock import SystemClock
@@ -50,6 +52,7 @@ def served_scopes() -> dict[str, dict[str, str | None]]:
     nothing: Any = None
     served = [
         *tokenstore_servicers.services(nothing), *llm_servicers.services(*[nothing] * 8),
+        *memory_servicers.services(nothing),
     ]
     return {service.name: dict(service.scopes) for service in served}
 
@@ -58,6 +61,7 @@ def test_reasons_of_the_contract_the_table_and_the_errors_are_the_same() -> None
     contract = {name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()} - {"UNSPECIFIED"}
     assert contract == set(CODE_OF_REASON)
     assert llm_service.domain.errors
+    assert memory_worker.domain.errors
     assert tokenstore_service.domain.errors
     raised = {error.reason for error in all_errors() if error.__module__.split(".")[0] != "tests"}
     assert raised <= contract
@@ -78,6 +82,9 @@ def test_every_declared_rpc_is_served_and_has_a_scope() -> None:
     ("llm.v1.ConversationService",
      "CreateConversation GetConversation ListConversations UpdateConversation DeleteConversation ListMessages"
      " SendMessage"),
+    ("memory.v1.MemoryService",
+     "SubmitTurns GetJob ListJobs RetryJob Retrieve ListItems GetItem CreateItem UpdateItem DeleteItem RestoreItem"
+     " ListAudit ExplainDecision ReplayJob GetSettings UpdateSettings EraseUser GetIndexStatus"),
     ("tokenstore.v1.BalanceService", "GetBalance BatchGetBalances WatchBalance"),
     ("tokenstore.v1.HoldService", "OpenHolds ExtendHolds ReleaseHolds GetHold ListHolds"),
     ("tokenstore.v1.ChargeService", "RecordCharges RecordUsage ListChargeIssues ResolveChargeIssue"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -35,6 +36,14 @@ USER = {"role": "ROLE_USER", "content": [{"text": "hi"}]}
 ID = "01900000-0000-7000-8000-00000000000a"
 L, M, H, P = llm_service_pb2, model_service_pb2, hold_service_pb2, pricing_service_pb2
 T = ledger_service_pb2
+
+
+@pytest.fixture(scope="module")
+def mesh(new_module_mesh: Callable[..., Mesh]) -> Mesh:
+    """Of all three services."""
+    made = new_module_mesh()
+    made.start_memory()
+    return made
 
 
 def generate(**fields: Any) -> Any:
@@ -285,7 +294,7 @@ def test_random_messages_never_break_a_server(mesh: Mesh, method: MethodDescript
         "LLMService": "calls", "ModelService": "models", "HoldService": "holds", "ChargeService": "charges",
         "LedgerService": "ledger", "BalanceService": "balances", "PricingService": "prices",
         "OrderService": "orders", "BudgetService": "budgets", "RewardService": "rewards",
-        "UserPolicyService": "policies", "ConversationService": "conversations",
+        "UserPolicyService": "policies", "ConversationService": "conversations", "MemoryService": "memories",
     }[method.containing_service.name]
     waits = method.name in ("GetBalance", "WatchBalance", "WatchModels")  # for what may never come
     try:
@@ -305,3 +314,5 @@ def test_after_all_of_it_the_books_are_in_order(mesh: Mesh) -> None:
     mesh.wait_for_rest()
     assert mesh.findings() == []
     assert "internal_error" not in mesh.llm.text() + mesh.tokenstore.text()
+    assert mesh.memory is not None
+    assert "internal_error" not in mesh.memory.text()

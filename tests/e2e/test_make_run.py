@@ -25,12 +25,13 @@ class Launcher:
     """`python -m deploy.local.mesh` on ports and a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.llm, self.tokenstore = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_", "TOKENSTORE_"))}
+        self.llm, self.tokenstore, self.memory = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_", "TOKENSTORE_", "MEMORY_"))}
         self.environ = {
             **clean, "CREDITMESH_RUN_DIR": str(folder), "LLM_LISTEN": self.llm, "TOKENSTORE_LISTEN": self.tokenstore,
             "LLM_METRICS_LISTEN": f"127.0.0.1:{free_port()}", "TOKENSTORE_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
-            "LLM_LOCAL_TOKENS_PER_SECOND": "0", "PYTHONUNBUFFERED": "1",
+            "LLM_LOCAL_TOKENS_PER_SECOND": "0", "PYTHONUNBUFFERED": "1", "MEMORY_LISTEN": self.memory,
+            "MEMORY_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
         }
         self.process: subprocess.Popen[str] | None = None
         self.lines: list[str] = []
@@ -62,7 +63,7 @@ class Launcher:
         )
 
     def command(self, program: str, *arguments: str) -> str:
-        target = self.llm if program == "llm-service" else self.tokenstore
+        target = {"llm-service": self.llm, "memory-worker": self.memory}.get(program, self.tokenstore)
         done = subprocess.run(
             [BIN / program, *arguments, "--target", target], capture_output=True, text=True, timeout=30, check=True
         )
@@ -88,6 +89,8 @@ def test_a_mesh_starts_says_what_runs_and_keeps_its_data(launcher: Launcher) -> 
     launcher.start()
     assert "100 credits" in launcher.command("tokenstore-service", "credit", "alice", "100")
     assert "by LOCAL" in launcher.command("llm-service", "stream", "alice", "hello")
+    assert launcher.command("memory-worker", "items", "alice") == ""
+    assert "0 item" in launcher.command("memory-worker", "erase", "alice")
     second = launcher.again()
     assert second.returncode == 0
     assert "already running" in second.stdout

@@ -72,8 +72,8 @@ async def store(databases: Databases, request: pytest.FixtureRequest) -> AsyncIt
             event_id = f"correct:{record.call_id}" if corrects else str(record.call_id)
             return event_id, "charge", "charges", charge_requested_to_bytes(record, corrects=corrects)
 
-        def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, bytes] | None:
-            return str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record)
+        def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
+            return end.turn.user_id, str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record)
 
         journal = PostgresCallJournal(
             database, database, event_of=event_of, sealer=sealer, answer_to_bytes=answer_to_bytes,

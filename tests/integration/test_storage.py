@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import create_engine
 
 import llm_service.storage.tables
+import memory_worker.storage.tables
 import tokenstore_service.storage.tables
 from servicekit.core.clock import SystemClock
 from servicekit.core.errors import DependencyUnavailable
@@ -36,10 +37,13 @@ from tokenstore_service.usecases.write_books import BookWriter
 from tokenstore_service.wire.announcements import announcement_of
 from tokenstore_service.wire.charges import issue_original
 
-TABLES = {"tokenstore": tokenstore_service.storage.tables, "llm": llm_service.storage.tables}
+TABLES = {
+    "tokenstore": tokenstore_service.storage.tables, "llm": llm_service.storage.tables,
+    "memory": memory_worker.storage.tables,
+}
 
 
-@pytest.mark.parametrize("service", ["tokenstore", "llm"])
+@pytest.mark.parametrize("service", ["tokenstore", "llm", "memory"])
 def test_migrations_make_what_the_code_expects(databases: Databases, service: str) -> None:
     schema, _ = SCHEMAS[service]
     url = databases.make(service).replace("postgresql://", "postgresql+psycopg://")

@@ -8,6 +8,8 @@ import psycopg
 
 import llm_service.app
 import llm_service.storage.tables
+import memory_worker.app
+import memory_worker.storage.tables
 import tokenstore_service.app
 import tokenstore_service.storage.tables
 from deploy.local.postgres import Postgres
@@ -15,6 +17,7 @@ from servicekit.db import migrations
 
 SCHEMAS = {
     "tokenstore": (tokenstore_service.storage.tables.SCHEMA, tokenstore_service.app.MIGRATIONS),
+    "memory": (memory_worker.storage.tables.SCHEMA, memory_worker.app.MIGRATIONS),
     "llm": (llm_service.storage.tables.SCHEMA, llm_service.app.MIGRATIONS),
 }
 

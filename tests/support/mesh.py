@@ -22,6 +22,7 @@ from creditmesh.llm.v1 import (
     model_service_pb2_grpc,
     user_policy_service_pb2_grpc,
 )
+from creditmesh.memory.v1 import memory_service_pb2_grpc
 from creditmesh.tokenstore.v1 import (
     balance_service_pb2,
     balance_service_pb2_grpc,
@@ -45,6 +46,9 @@ READY_SECONDS = 30.0
 REST_SECONDS = 60.0
 
 
+MODULES = {"llm": "llm_service", "tokenstore": "tokenstore_service", "memory": "memory_worker"}
+
+
 class ServiceProcess:
     """One service as a process."""
 
@@ -55,10 +59,10 @@ class ServiceProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, **more: str) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_", "TOKENSTORE_"))}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_", "TOKENSTORE_", "MEMORY_"))}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{self.service}_service"], cwd=ROOT, env={**clean, **self.environ, **more},
+                [sys.executable, "-m", MODULES[self.service]], cwd=ROOT, env={**clean, **self.environ, **more},
                 stdout=log, stderr=log,
             )
 
@@ -95,7 +99,8 @@ class ServiceProcess:
 
 
 class Mesh:
-    """TokenStore and llm_service on databases of their own. `settings` are environment variables on top."""
+    """TokenStore and llm_service on databases of their own, and memory_worker where a test starts it (`start_memory`).
+    `settings` are environment variables on top."""
 
     def __init__(self, databases: Databases, logs: Path, *, name: str, settings: dict[str, str]) -> None:
         logs.mkdir(exist_ok=True)
@@ -116,6 +121,12 @@ class Mesh:
         }
         self.tokenstore = ServiceProcess("tokenstore", common, logs / f"{stamp}-tokenstore.log")
         self.llm = ServiceProcess("llm", common, logs / f"{stamp}-llm.log")
+        self.memory_address = f"127.0.0.1:{free_port()}"
+        self._databases = databases
+        self._memory_log = logs / f"{stamp}-memory.log"
+        self._settings = settings
+        self.memory_url = ""
+        self.memory: ServiceProcess | None = None
         self._channels: list[grpc.Channel] = []
         self._stubs: dict[str, Any] = {}
 
@@ -125,6 +136,28 @@ class Mesh:
         self.tokenstore.start()
         self.llm.start()
         self.wait_until_serving()
+
+    def start_memory(self, **more: str) -> ServiceProcess:
+        """The mesh of three: memory_worker beside the two, which llm_service is told of. Starts all of them."""
+        self.memory_url = self._databases.make("memory")
+        self.memory = self.new_memory(self.memory_address, **more)
+        self.llm.environ["LLM_MEMORY_TARGET"] = self.memory_address
+        self.start()
+        self.memory.start()
+        self.wait_for_memory()
+        return self.memory
+
+    def new_memory(self, address: str, **more: str) -> ServiceProcess:
+        """One more worker on the same database."""
+        return ServiceProcess("memory", {
+            "MEMORY_AUTH": "none", "MEMORY_METRICS_LISTEN": "", "MEMORY_LISTEN": address,
+            "MEMORY_DATABASE_URL": self.memory_url, "MEMORY_LLM_TARGET": self.llm_address,
+            "MEMORY_DRAIN_SECONDS": "5", **self._settings, **more,
+        }, self._memory_log)
+
+    def wait_for_memory(self) -> None:
+        assert self.memory is not None
+        self._wait_for(self.memory, self.memory_address)
 
     def wait_for_tokenstore(self) -> None:
         self._wait_for(self.tokenstore, self.tokenstore_address)
@@ -136,7 +169,7 @@ class Mesh:
     def stop(self) -> None:
         for channel in self._channels:
             channel.close()
-        for process in (self.llm, self.tokenstore):
+        for process in filter(None, (self.memory, self.llm, self.tokenstore)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.stop()
             if process.is_alive():
@@ -181,6 +214,10 @@ class Mesh:
     @property
     def conversations(self) -> Any:
         return self._stub(conversation_service_pb2_grpc.ConversationServiceStub, self.llm_address)
+
+    @property
+    def memories(self) -> Any:
+        return self._stub(memory_service_pb2_grpc.MemoryServiceStub, self.memory_address)
 
     @property
     def ledger(self) -> Any:

@@ -18,7 +18,7 @@ from tokenstore_service.domain.commands import RecordStatus
 from tokenstore_service.storage import book_store, tables
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SERVICES = ("llm_service", "tokenstore_service")
+SERVICES = ("llm_service", "tokenstore_service", "memory_worker")
 ROOMS = ("domain", "usecases", "wire", "storage", "transport")
 CODE = [
     path for folder in (*SERVICES, "servicekit", "metering") for path in sorted((ROOT / folder).rglob("*.py"))

@@ -116,6 +116,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the newest message asks for tools, and their results are to be sent; metadata: tool_call_ids."""
     ERROR_REASON_TOO_MANY_BRANCHES: _ErrorReason.ValueType  # 45
     """FAILED_PRECONDITION: a conversation has no room for more branches."""
+    ERROR_REASON_MEMORY_ITEM_NOT_FOUND: _ErrorReason.ValueType  # 46
+    """NOT_FOUND: no such memory, or another user's."""
+    ERROR_REASON_MEMORY_ITEM_NOT_CHANGEABLE: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION: the memory is in a state in which this can not be done."""
+    ERROR_REASON_MEMORY_VERSION_CONFLICT: _ErrorReason.ValueType  # 48
+    """ABORTED: the memory was changed meanwhile; metadata: version."""
+    ERROR_REASON_MEMORY_JOB_NOT_FOUND: _ErrorReason.ValueType  # 49
+    """NOT_FOUND: no such job, or another user's."""
+    ERROR_REASON_MEMORY_JOB_NOT_RETRYABLE: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION: the job is done, or is being worked on."""
+    ERROR_REASON_MEMORY_DECISION_NOT_FOUND: _ErrorReason.ValueType  # 51
+    """NOT_FOUND: no such decision."""
+    ERROR_REASON_MEMORY_CONTENT_REFUSED: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: what is to be remembered holds a secret, which policy refuses; metadata: kind."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that `google.rpc.ErrorInfo.reason` can carry, without the prefix: `INVALID_FIELD`, ...
@@ -216,4 +230,18 @@ ERROR_REASON_TOOL_RESULTS_MISSING: ErrorReason.ValueType  # 44
 """FAILED_PRECONDITION: the newest message asks for tools, and their results are to be sent; metadata: tool_call_ids."""
 ERROR_REASON_TOO_MANY_BRANCHES: ErrorReason.ValueType  # 45
 """FAILED_PRECONDITION: a conversation has no room for more branches."""
+ERROR_REASON_MEMORY_ITEM_NOT_FOUND: ErrorReason.ValueType  # 46
+"""NOT_FOUND: no such memory, or another user's."""
+ERROR_REASON_MEMORY_ITEM_NOT_CHANGEABLE: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION: the memory is in a state in which this can not be done."""
+ERROR_REASON_MEMORY_VERSION_CONFLICT: ErrorReason.ValueType  # 48
+"""ABORTED: the memory was changed meanwhile; metadata: version."""
+ERROR_REASON_MEMORY_JOB_NOT_FOUND: ErrorReason.ValueType  # 49
+"""NOT_FOUND: no such job, or another user's."""
+ERROR_REASON_MEMORY_JOB_NOT_RETRYABLE: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION: the job is done, or is being worked on."""
+ERROR_REASON_MEMORY_DECISION_NOT_FOUND: ErrorReason.ValueType  # 51
+"""NOT_FOUND: no such decision."""
+ERROR_REASON_MEMORY_CONTENT_REFUSED: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: what is to be remembered holds a secret, which policy refuses; metadata: kind."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,92 @@
+"""llm_service over gRPC: answers that follow a schema, and vectors; each paid by the user, under its own request_id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+from creditmesh.common.v1 import billing_pb2
+from creditmesh.llm.v1 import chat_pb2, llm_service_pb2, llm_service_pb2_grpc
+from grpc_status import rpc_status
+
+from memory_worker.usecases.ports import ModelAnswer, ModelCallFailed, ModelQuestion, Vector
+from servicekit.rpc.channel import TokenMetadata
+from servicekit.rpc.status import error_info_of
+from servicekit.telemetry.logs import EventLogger
+
+log = EventLogger(__name__)
+
+SECONDS = 120.0
+EMBED_SCENE = "memory.embed"
+MOST_OUTPUT_TOKENS = 1500
+_NO_CREDIT = frozenset({"INSUFFICIENT_CREDIT", "BUDGET_EXCEEDED"})
+_GONE = frozenset({"REQUEST_FINISHED"})
+_PERMANENT = frozenset({"UPSTREAM_REJECTED", "CONTEXT_TOO_LONG", "INVALID_FIELD", "IDEMPOTENCY_CONFLICT",
+                        "PERMISSION_DENIED", "UNAUTHENTICATED"})
+
+
+def failure_of(error: grpc.aio.AioRpcError) -> ModelCallFailed:
+    """What an error means for a job. What we do not know may pass."""
+    status = rpc_status.from_call(error)
+    info = error_info_of(status) if status else None
+    reason = info.reason if info else error.code().name
+    for kind, reasons in (("NO_CREDIT", _NO_CREDIT), ("GONE", _GONE), ("PERMANENT", _PERMANENT)):
+        if reason in reasons:
+            return ModelCallFailed(kind, reason)
+    return ModelCallFailed("TRANSIENT", reason)
+
+
+class GrpcModels:
+    """Implements Models."""
+
+    def __init__(self, channel: grpc.aio.Channel, token: TokenMetadata) -> None:
+        self._stub = llm_service_pb2_grpc.LLMServiceStub(channel)
+        self._token = token
+
+    async def ask(self, question: ModelQuestion) -> ModelAnswer:
+        request = llm_service_pb2.GenerateRequest(
+            billing=billing_pb2.BillingContext(
+                user_id=question.user_id, request_id=question.request_id, scene=question.scene
+            ),
+            model=question.alias, max_output_tokens=MOST_OUTPUT_TOKENS, temperature=0.0,
+            messages=[
+                chat_pb2.Message(role=chat_pb2.ROLE_SYSTEM, content=[chat_pb2.Content(text=question.instructions)]),
+                chat_pb2.Message(role=chat_pb2.ROLE_USER, content=[chat_pb2.Content(text=question.data)]),
+            ],
+            response_format=chat_pb2.ResponseFormat(json_schema=chat_pb2.JsonSchemaFormat(
+                name=question.schema_name, schema=question.schema, strict=True
+            )),
+        )
+        try:
+            answer = await self._stub.Generate(request, timeout=SECONDS, metadata=self._token())
+        except grpc.aio.AioRpcError as error:
+            raise failure_of(error) from error
+        text = "".join(
+            part.text for output in answer.outputs if output.finish_reason == chat_pb2.FINISH_REASON_STOP
+            for part in output.message.content
+        )
+        usage = answer.usage
+        return ModelAnswer(text, usage.input_tokens + usage.output_tokens, answer.charge.credit_micros, answer.call_id)
+
+
+class LlmEmbedder:
+    """Implements Embedder by the alias `embedding`. The vectors of one alias count as alike: when another model is put
+    behind it, MEMORY_EMBEDDING_VERSION is to be changed, and the items are embedded anew."""
+
+    def __init__(self, channel: grpc.aio.Channel, token: TokenMetadata, *, alias: str, version: str) -> None:
+        self._stub = llm_service_pb2_grpc.LLMServiceStub(channel)
+        self._token = token
+        self._alias = alias
+        self.name = f"llm:{alias}:{version}"
+
+    async def embed(self, user_id: str, texts: Sequence[str], *, request_id: str) -> list[Vector]:
+        request = llm_service_pb2.EmbedRequest(
+            billing=billing_pb2.BillingContext(user_id=user_id, request_id=request_id, scene=EMBED_SCENE),
+            model=self._alias, inputs=texts,
+        )
+        try:
+            answer = await self._stub.Embed(request, timeout=SECONDS, metadata=self._token())
+        except grpc.aio.AioRpcError as error:
+            raise failure_of(error) from error
+        return [tuple(each.values) for each in sorted(answer.embeddings, key=lambda each: each.index)]

@@ -1,0 +1,334 @@
+"""From a turn to memories: extraction, checks, recall, verdicts, and one short transaction a fact.
+
+Every model call has the identity of its question and its answer is journalled, so that a job that died half-way goes on
+where it was, is answered alike and charged once. No model is asked inside a transaction: what was decided upon must
+still be so when it is written, or it is decided again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+
+from memory_worker.domain.decision import (
+    CONSEQUENTIAL,
+    POLICY_VERSIONS,
+    Action,
+    Plan,
+    Relation,
+    Verdict,
+    decide,
+    majority,
+)
+from memory_worker.domain.item import Fact, Item
+from memory_worker.domain.job import CREDIT_WAIT, MOST_TRIES, Job, JobState, call_key, wait_after
+from memory_worker.usecases.extraction import (
+    COMPARE_ALIAS,
+    COMPARE_INSTRUCTIONS,
+    COMPARE_SCENE,
+    COMPARE_SCHEMA,
+    COMPARE_VERSION,
+    EXTRACT_ALIAS,
+    EXTRACT_INSTRUCTIONS,
+    EXTRACT_SCENE,
+    EXTRACT_SCHEMA,
+    EXTRACT_VERSION,
+    PROMPTS,
+    USER_ROLE,
+    comparison_data,
+    extraction_data,
+    facts_in,
+    verdicts_in,
+)
+from memory_worker.usecases.ports import (
+    AnswerJournal,
+    Embedder,
+    JobQueue,
+    LeaseLost,
+    MemoriesChanged,
+    MemoryStore,
+    ModelCallFailed,
+    ModelQuestion,
+    Models,
+    Outcome,
+    Policy,
+    Recall,
+    Vector,
+)
+from servicekit.core.errors import DomainError
+from servicekit.core.faults import FaultPoint, Faults
+from servicekit.telemetry.logs import EventLogger
+
+log = EventLogger(__name__)
+
+LEASE = timedelta(seconds=30)
+BEAT_SECONDS = 8.0
+POLL_SECONDS = 0.2
+MOST_REDECISIONS = 10
+MOST_CUT_ANSWERS = 4
+MOST_JUDGEMENTS = 3
+"""How often a comparer is asked that leaves a verdict out; then the job is dead, and nothing was decided."""
+
+
+class JobWorker:
+    """Works on jobs, `most_running` at once."""
+
+    def __init__(
+        self, jobs: JobQueue, answers: AnswerJournal, memories: MemoryStore, models: Models, embedder: Embedder, *,
+        policy: Policy, owner: str, most_running: int, faults: Faults,
+        ended: Callable[[str], None] = lambda _state: None,
+    ) -> None:
+        self._jobs = jobs
+        self._answers = answers
+        self._memories = memories
+        self._models = models
+        self._embedder = embedder
+        self._policy = policy
+        self._owner = owner
+        self._most_running = most_running
+        self._faults = faults
+        self._ended = ended
+        self._claims = 0
+        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Works until it is cancelled."""
+        running: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                self._wake.clear()
+                room = self._most_running - len(running)
+                claimed = await self._claim(room) if room else []
+                for job, owner in claimed:
+                    running.add(asyncio.create_task(self._hold_and_work(job, owner)))
+                if running:
+                    _, running = await asyncio.wait(
+                        running, timeout=0 if claimed and room > len(claimed) else POLL_SECONDS,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                if not claimed and not running:
+                    try:
+                        async with asyncio.timeout(POLL_SECONDS):
+                            await self._wake.wait()
+                    except TimeoutError:
+                        continue
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _claim(self, limit: int) -> list[tuple[Job, str]]:
+        """Each claim has an owner of its own, so that a job that was lost and claimed again is not finished twice."""
+        self._claims += 1
+        owner = f"{self._owner}:{self._claims}"
+        try:
+            return [(job, owner) for job in await self._jobs.claim(owner, limit=limit, lease=LEASE)]
+        except DomainError as error:
+            log.warning("claim_failed", reason=str(error))
+            await asyncio.sleep(1.0)
+            return []
+
+    async def _hold_and_work(self, job: Job, owner: str) -> None:
+        beating = asyncio.create_task(self._beat(job, owner))
+        try:
+            await self.work(job, owner)
+        except LeaseLost:
+            log.warning("lease_lost", job_id=str(job.job_id))
+        except DomainError as error:
+            log.warning("job_put_off", job_id=str(job.job_id), reason=error.reason)  # due again after its lease
+        except Exception as error:  # noqa: BLE001 - logged; the job is due again after its lease
+            log.error("job_failed", error=error, job_id=str(job.job_id))
+        finally:
+            beating.cancel()
+
+    async def _beat(self, job: Job, owner: str) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                await self._jobs.beat(owner, [job.job_id], lease=LEASE)
+            except DomainError as error:
+                log.warning("heartbeat_failed", reason=str(error))
+
+    async def work(self, job: Job, owner: str) -> None:
+        """Works one job to its end, or to its next try. Raises LeaseLost, DependencyUnavailable."""
+        self._faults.reach(FaultPoint.JOB_CLAIMED)
+        try:
+            reason = await self._decide_all(job, owner)
+        except ModelCallFailed as failure:
+            await self._put_off(job, owner, failure)
+            return
+        await self._jobs.finish(job, owner, JobState.DONE, reason=reason)
+        self._faults.reach(FaultPoint.JOB_FINISHED)
+        self._ended("DONE")
+
+    async def _put_off(self, job: Job, owner: str, failure: ModelCallFailed) -> None:
+        state, wait = JobState.QUEUED, wait_after(job.tries, draw=self._random.random())
+        if failure.kind == "NO_CREDIT":
+            state, wait = JobState.WAITING_FOR_CREDIT, CREDIT_WAIT
+        dead = failure.kind == "PERMANENT" or (failure.kind != "NO_CREDIT" and job.tries >= MOST_TRIES)
+        if dead:
+            log.error("job_dead", job_id=str(job.job_id), reason=failure.reason)
+            await self._jobs.finish(job, owner, JobState.DEAD, reason=failure.reason)
+        else:
+            await self._jobs.finish(
+                job, owner, state, reason=failure.reason, next_try_in=wait, new_generation=failure.kind == "GONE"
+            )
+        self._ended("DEAD" if dead else state.name)
+
+    async def _decide_all(self, job: Job, owner: str) -> str:
+        """Why nothing was remembered, or ""."""
+        settings = await self._memories.settings(job.user_id)
+        if not settings.memory_enabled:
+            return "MEMORY_OFF"
+        if not any(each.role == USER_ROLE and each.text.strip() for each in job.turn.said):
+            return "NOTHING_SAID"
+        calls = _Budget(self._policy.most_calls)
+        answer = await self._ask(
+            job, calls, "extract", EXTRACT_SCENE, EXTRACT_ALIAS, EXTRACT_INSTRUCTIONS, extraction_data(job),
+            EXTRACT_SCHEMA, (EXTRACT_VERSION, EXTRACT_ALIAS),
+        )
+        shown = await self._memories.contents_of(job.user_id, job.turn.memory_ids)
+        try:
+            facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown)
+        except ValueError as error:
+            raise ModelCallFailed("PERMANENT", f"EXTRACTION_UNREADABLE: {error}") from None
+        decisions = await self._memories.decisions_of(job.user_id, job.job_id)
+        decided, number = {each.fact.digest for each in decisions}, len(decisions) - 1
+        for fact, objection in facts:
+            if fact.digest in decided:
+                continue
+            decided.add(fact.digest)
+            number += 1
+            if objection:
+                await self._drop(job, owner, number, fact, objection)
+            else:
+                await self._decide(job, owner, calls, number, fact)
+            self._faults.reach(FaultPoint.FACT_DECIDED)
+        return "" if facts else "NOTHING_TO_REMEMBER"
+
+    async def _drop(self, job: Job, owner: str, number: int, fact: Fact, objection: str) -> None:
+        await self._memories.apply(Outcome(
+            job, number, fact, Plan(Action.DROP), objection, (), 0, "", self._policy_version, PROMPTS
+        ), owner, self._embedder.name)
+
+    async def _decide(self, job: Job, owner: str, calls: _Budget, number: int, fact: Fact) -> None:
+        """Until the memories stand still between recall and writing."""
+        vector = (await self._embedder.embed(
+            job.user_id, [fact.content], request_id=call_key(job, "embed", fact.digest, self._embedder.name)
+        ))[0]
+        for _ in range(MOST_REDECISIONS):
+            recall = await self._memories.recall(
+                job.user_id, fact, vector, self._embedder.name, most=self._policy.most_candidates,
+                floor=self._policy.floor,
+            )
+            self._faults.reach(FaultPoint.RECALLED)
+            verdicts: list[Verdict] = []
+            if recall.exact is not None:
+                plan, reason = Plan(Action.KEEP, recall.exact.item_id), "EXACT"
+            else:
+                verdicts = await self._compare(job, calls, fact, recall)
+                plan, reason = decide(self._policy.decision, verdicts), "COMPARED"
+                if plan.action is Action.RETRY:
+                    raise ModelCallFailed("PERMANENT", "VERDICT_UNKNOWN")
+            merged: Vector = ()
+            if plan.action is Action.MERGE:
+                merged = (await self._embedder.embed(
+                    job.user_id, [plan.merged], request_id=call_key(job, "embed", plan.merged, self._embedder.name)
+                ))[0]
+            try:
+                await self._memories.apply(Outcome(
+                    job, number, fact, plan, reason, tuple(verdicts), recall.revision, recall.source,
+                    self._policy_version, PROMPTS, vector=vector, merged_vector=merged,
+                ), owner, self._embedder.name)
+            except MemoriesChanged:
+                continue
+            return
+        raise ModelCallFailed("TRANSIENT", "MEMORIES_KEEP_CHANGING")
+
+    async def _compare(self, job: Job, calls: _Budget, fact: Fact, recall: Recall) -> list[Verdict]:
+        """One call for all candidates, or one for each."""
+        groups = [[each] for each in recall.candidates] if self._policy.pairwise else [list(recall.candidates)]
+        verdicts: list[Verdict] = []
+        for group in filter(None, groups):
+            seen = [(str(item.item_id), item.version) for item, _ in group]
+            judged: list[Verdict] = []
+            for again in range(MOST_JUDGEMENTS):
+                answer = await self._ask(
+                    job, calls, "compare", COMPARE_SCENE, COMPARE_ALIAS, COMPARE_INSTRUCTIONS,
+                    comparison_data(fact, group), COMPARE_SCHEMA,
+                    (fact.digest, seen, COMPARE_VERSION, COMPARE_ALIAS, again),
+                )
+                judged = verdicts_in(answer, group, self._policy)
+                if all(each.relation is not Relation.UNKNOWN for each in judged):
+                    break
+            if self._policy.confirm:
+                judged = [
+                    await self._confirmed(job, calls, fact, candidate, verdict)
+                    for candidate, verdict in zip(group, judged, strict=True)
+                ]
+            verdicts += judged
+        return verdicts
+
+    async def _confirmed(
+        self, job: Job, calls: _Budget, fact: Fact, candidate: tuple[Item, float], verdict: Verdict
+    ) -> Verdict:
+        """A verdict that has consequences is asked for again, of this candidate alone, until two judgements agree."""
+        if verdict.relation not in CONSEQUENTIAL:
+            return verdict
+        seen = [(str(candidate[0].item_id), candidate[0].version)]
+        heard = [verdict]
+        while (agreed := majority([each.relation for each in heard])) is None:
+            answer = await self._ask(
+                job, calls, "compare", COMPARE_SCENE, COMPARE_ALIAS, COMPARE_INSTRUCTIONS,
+                comparison_data(fact, [candidate]), COMPARE_SCHEMA,
+                (fact.digest, seen, COMPARE_VERSION, COMPARE_ALIAS, "confirm", len(heard)),
+            )
+            heard += verdicts_in(answer, [candidate], self._policy)
+        same = [each for each in heard if each.relation is agreed]
+        return same[0] if same else replace(verdict, relation=Relation.UNKNOWN, merged="")
+
+    async def _ask(
+        self, job: Job, calls: _Budget, stage: str, scene: str, alias: str, instructions: str, data: str, schema: str,
+        parts: tuple[object, ...],
+    ) -> str:
+        """From the journal, or from the model and then into the journal. An answer that was cut, because the worker
+        died while it was given, was paid for and is of no use: it is journalled, and asked for under another name."""
+        for again in range(MOST_CUT_ANSWERS):
+            key = call_key(job, stage, *parts, again)
+            answer = await self._answers.find(job.user_id, key)
+            if answer is None:
+                calls.take()
+                self._faults.reach(FaultPoint.BEFORE_ASKING)
+                answer = await self._models.ask(ModelQuestion(
+                    key, job.user_id, scene, alias, instructions, data, f"memory_{stage}", schema
+                ))
+                self._faults.reach(FaultPoint.ANSWERED)
+                await self._answers.keep(job, key, stage, answer)
+                self._faults.reach(FaultPoint.ANSWER_KEPT)
+            if answer.text:
+                return answer.text
+        raise ModelCallFailed("PERMANENT", "NO_WHOLE_ANSWER")
+
+    @property
+    def _policy_version(self) -> str:
+        return POLICY_VERSIONS[self._policy.decision]
+
+
+class _Budget:
+    """Model calls that one try of a job may still make."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self) -> None:
+        if self._left <= 0:
+            raise ModelCallFailed("TRANSIENT", "CALL_BUDGET_USED_UP")
+        self._left -= 1
