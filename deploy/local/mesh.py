@@ -48,8 +48,8 @@ creditmesh is running{how}. Ctrl-C stops it; what it stored stays in {run}.
 
 No service token is asked for on this machine's loopback addresses (LLM_AUTH=none, TOKENSTORE_AUTH=none, MEMORY_AUTH=none).
 Payments by the provider "mock" are taken without a signature (TOKENSTORE_ALLOW_MOCK_PAYMENT=true): for trying only.
-While no model is registered, the aliases pro, lite, embedding and those of the memory are served by the built-in LOCAL
-model; it remembers by a few rules over English sentences. Try, in another terminal:
+While no model is registered, the aliases pro, embedding and those of the memory are served by the built-in LOCAL model; it
+remembers by a few rules over English sentences. Try, in another terminal:
 
   .venv/bin/tokenstore-service credit alice 100{ts}
   .venv/bin/llm-service stream alice "Hello, what are you?"{ll}

@@ -109,7 +109,7 @@ BUILT_IN = Deployment(
     active=True, context_window=128_000,
 )
 """Serves the aliases below while nothing at all is registered, so that a new mesh answers without a key."""
-BUILT_IN_ALIASES = (DEFAULT_ALIAS, "lite", "memory_extract", "memory_decision_compare", DEFAULT_EMBEDDING_ALIAS)
+BUILT_IN_ALIASES = (DEFAULT_ALIAS, "memory_extract", "memory_decision_compare", DEFAULT_EMBEDDING_ALIAS)
 
 
 class Directory:

@@ -27,6 +27,10 @@ SELECT user_id, job_id, conversation_id, message_id, {JobState.QUEUED:d}, 0, '',
 FROM json_to_recordset(%(turns)s::json) AS d (
     user_id text, job_id uuid, conversation_id text, message_id text, turn jsonb, occurred_at timestamptz
 )
+WHERE NOT EXISTS (
+    SELECT 1 FROM erased_user e
+    WHERE e.user_hash = sha256(convert_to(d.user_id, 'UTF8')) AND e.erased_at >= d.occurred_at
+)
 ORDER BY user_id, message_id ON CONFLICT (user_id, message_id) DO NOTHING RETURNING job_id
 """
 KNOWN = """
@@ -74,10 +78,12 @@ WHERE job_id = %s AND state IN ({JobState.DEAD:d}, {JobState.WAITING_FOR_CREDIT:
 RETURNING *
 """
 FIND_ANSWER = "SELECT answer, tokens, credit_micros, call_id FROM model_answer WHERE user_id = %s AND call_key = %s"
+# Only while there is such a job: nothing is written of a user who is erased meanwhile.
 KEEP_ANSWER = """
 WITH kept AS (
     INSERT INTO model_answer (user_id, call_key, job_id, stage, answer, tokens, credit_micros, call_id, answered_at)
-    VALUES (%(user_id)s, %(key)s, %(job_id)s, %(stage)s, %(answer)s, %(tokens)s, %(micros)s, %(call_id)s, now())
+    SELECT user_id, %(key)s, job_id, %(stage)s, %(answer)s, %(tokens)s, %(micros)s, %(call_id)s, now()
+    FROM job WHERE user_id = %(user_id)s AND job_id = %(job_id)s FOR UPDATE
     ON CONFLICT DO NOTHING RETURNING user_id
 )
 UPDATE job SET calls = calls + 1, tokens = tokens + %(tokens)s, credit_micros = credit_micros + %(micros)s
@@ -93,7 +99,9 @@ class PostgresJobs:
         self._database = database
         self._ids = ids
 
-    async def submit(self, turns: Sequence[Turn], moves: Sequence[OffsetMove] = ()) -> list[tuple[UUID, bool]]:
+    async def submit(
+        self, turns: Sequence[Turn], moves: Sequence[OffsetMove] = ()
+    ) -> list[tuple[UUID | None, bool]]:
         rows = [
             {
                 "user_id": each.user_id, "job_id": str(self._ids.new_id()), "conversation_id": each.conversation_id,
@@ -109,10 +117,10 @@ class PostgresJobs:
                 await move_offsets(connection, moves)
         new = {job_id for (job_id,) in made}
         jobs = {(user_id, message_id): job_id for user_id, message_id, job_id in known}
-        results = []
+        results: list[tuple[UUID | None, bool]] = []
         for each in turns:
-            job_id = jobs[(each.user_id, each.message_id)]
-            results.append((job_id, job_id not in new))
+            job_id = jobs.get((each.user_id, each.message_id))
+            results.append((job_id, job_id is not None and job_id not in new))
             new.discard(job_id)
         return results
 

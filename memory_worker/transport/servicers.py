@@ -68,7 +68,7 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
         results = await self._parts.jobs.submit([turn_from_proto(each, now=now) for each in request.turns])
         self._parts.wake()
         return pb.SubmitTurnsResponse(results=[
-            pb.SubmittedTurn(job_id=str(job_id), duplicate=known) for job_id, known in results
+            pb.SubmittedTurn(job_id=str(job_id or ""), duplicate=known) for job_id, known in results
         ])
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:

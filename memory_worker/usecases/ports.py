@@ -95,8 +95,11 @@ class MemoriesChanged(Exception):
 class JobQueue(Protocol):
     """Jobs in the database, shared by replicas. Every method raises DependencyUnavailable."""
 
-    async def submit(self, turns: Sequence[Turn], moves: Sequence[OffsetMove] = ()) -> list[tuple[UUID, bool]]:
-        """One job for each turn, and whether it was known. With `moves` the offsets go in the same transaction."""
+    async def submit(
+        self, turns: Sequence[Turn], moves: Sequence[OffsetMove] = ()
+    ) -> list[tuple[UUID | None, bool]]:
+        """One job for each turn, and whether it was known; None for what was said before its user was erased. With
+        `moves` the offsets go in the same transaction."""
         ...
 
     async def claim(self, owner: str, *, limit: int, lease: timedelta) -> list[Job]:

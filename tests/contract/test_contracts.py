@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 from datetime import UTC, datetime
@@ -18,9 +19,15 @@ import llm_service.domain.errors
 import memory_worker.domain.errors
 import tokenstore_service.domain.errors
 from llm_service.domain.call import Billing, CallRecord, CallState
+from llm_service.domain.chat import Message as ChatMessage
+from llm_service.domain.chat import Role, TextPart
+from llm_service.domain.conversation import MessageState, Place, StoredMessage, Turn
 from llm_service.transport import servicers as llm_servicers
-from llm_service.wire.events import charge_requested_to_bytes
+from llm_service.usecases.ports import TurnEnd
+from llm_service.wire.events import TURN_COMPLETED, TURNS_TOPIC, charge_requested_to_bytes, turn_completed_to_bytes
 from memory_worker.transport import servicers as memory_servicers
+from memory_worker.wire import turns as memory_turns
+from memory_worker.wire.turns import turn_event_from_bytes, turn_from_proto
 from metering.charge import Quote, Rates
 from metering.usage import Usage
 from servicekit.core.clock import SystemClock
@@ -138,3 +145,28 @@ def test_what_llm_service_sends_tokenstore_understands() -> None:
     assert (charge.event_id, charge.call_id) == (str(RECORD.call_id), RECORD.call_id)
     assert (charge.usage, charge.quote, charge.occurred_at) == (RECORD.usage, RECORD.quote, NOW)
     assert (charge.user_id, charge.request_id, charge.conversation_id) == ("alice", "r1", "c1")
+
+
+GOLDEN_TURN = "be38d81d412572014badf592b0387ac3e73e306bfa751a8e92e296ff9d9791a8"
+
+
+def turn_end() -> TurnEnd:
+    place = Place(0, 0)
+    sent = StoredMessage(
+        UUID(int=2), place, ChatMessage(Role.USER, (TextPart("hi"),)), MessageState.COMPLETE, NOW, "r1"
+    )
+    turn = Turn("alice", UUID(int=1), UUID(int=3), (sent,), asked=(sent,), memory_ids=("m1",), remembers=True)
+    return TurnEnd(turn, ChatMessage(Role.ASSISTANT, (TextPart("é" * 20_000),)), 1, "o200k")
+
+
+def test_what_llm_service_says_of_a_turn_memory_worker_understands() -> None:
+    payload = turn_completed_to_bytes(turn_end(), RECORD)
+    assert hashlib.sha256(payload).hexdigest() == GOLDEN_TURN
+    event = turn_event_from_bytes(payload)
+    RequestValidator().check(event)
+    turn = turn_from_proto(event, now=SystemClock().now())
+    assert (turn.user_id, turn.message_id, turn.occurred_at) == ("alice", str(UUID(int=3)), NOW)
+    assert [each.role for each in turn.text.said] == [Role.USER, Role.ASSISTANT]
+    assert turn.text.said[1].text == "é" * 8192, "long texts are cut between letters"
+    assert turn.text.memory_ids == ("m1",)
+    assert (memory_turns.TURNS_TOPIC, memory_turns.TURN_COMPLETED) == (TURNS_TOPIC, TURN_COMPLETED)

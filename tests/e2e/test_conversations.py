@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import grpc
@@ -13,7 +16,7 @@ from creditmesh.llm.v1 import conversation_service_pb2 as pb
 from tests.support.chat import Chat
 from tests.support.errors import facts_of, reason_of, refused
 from tests.support.load import wait_until
-from tests.support.mesh import Mesh
+from tests.support.mesh import ROOT, Mesh
 from tests.support.upstream import Upstream
 
 CREDIT = 100_000_000
@@ -334,6 +337,28 @@ def test_deletion_erases_the_content_and_keeps_the_books(mesh: Mesh, user: str) 
     for table in ("message", "call_answer", "conversation_task"):
         assert mesh.rows(mesh.llm_url, f"SELECT count(*) FROM llm.{table} WHERE user_id = %s", [user]) == [(0,)]
     assert -sum(each.amount_micros for each in mesh.transactions(user) if each.call_id) == before.credit_micros_total
+
+
+def test_reconcile_compares_the_conversations_with_the_ledger(mesh: Mesh, user: str) -> None:
+    chat = Chat(mesh, user, title="t")
+    chat.say("hello")
+    at_rest(chat)
+
+    def reconcile() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "llm_service", "reconcile", user, "--target", mesh.tokenstore_address], cwd=ROOT,
+            env={**os.environ, **mesh.llm.environ}, capture_output=True, text=True, timeout=60, check=False,
+        )
+
+    agreeing = reconcile()
+    assert (agreeing.returncode, agreeing.stdout) == (0, "1 conversations compared with the ledger, 0 differ\n")
+    mesh.execute(
+        mesh.llm_url, "UPDATE llm.conversation SET credit_micros_total = credit_micros_total + 1 WHERE user_id = %s", [user]
+    )
+    differing = reconcile()
+    assert differing.returncode == 1
+    assert chat.id in differing.stdout
+    assert "1 differ" in differing.stdout
 
 
 def test_another_user_sees_nothing(mesh: Mesh, user: str) -> None:

@@ -254,6 +254,8 @@ def test_a_user_is_erased_for_good(mesh: Mesh, user: str) -> None:
         assert found == [(0,)], table
     assert items(mesh, user) == []
     assert contents(mesh, "bystander") == ["The user likes canary-bystander"]
+    before = turn(user, "I like canary-erase-77.", "m3", occurred_at={"seconds": 1_790_000_000})
+    assert submit(mesh, before) == [""], "what comes late is not remembered"
     with refused(Code.NOT_FOUND, "MEMORY_JOB_NOT_FOUND"):
         job_of(mesh, submitted_before(mesh, user))
 

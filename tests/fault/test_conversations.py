@@ -54,6 +54,7 @@ def mesh(new_mesh: Callable[..., Mesh], upstream: Upstream) -> Mesh:
     return made
 
 
+@pytest.mark.timeout(500)
 def test_a_message_survives_the_death_of_its_server_at_every_step(mesh: Mesh) -> None:
     chats: dict[str, Chat] = {}
     for step in STEPS:

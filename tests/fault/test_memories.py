@@ -56,6 +56,7 @@ def assert_remembered(mesh: Mesh, user: str, job_ids: list[str]) -> None:
         assert [is_open for _, is_open in versions] == [False] * (item.version - 1) + [True]
 
 
+@pytest.mark.timeout(500)
 def test_a_worker_is_killed_at_every_point(new_mesh: Callable[..., Mesh]) -> None:
     mesh = new_mesh()
     memory = mesh.start_memory()
@@ -78,6 +79,7 @@ def test_a_worker_is_killed_at_every_point(new_mesh: Callable[..., Mesh]) -> Non
     assert mesh.findings() == []
 
 
+@pytest.mark.timeout(400)
 def test_four_workers_on_one_user(new_mesh: Callable[..., Mesh]) -> None:
     """No fact twice, no update lost, no deadlock: they take turns by the user's row, and decide again when it moved."""
     mesh = new_mesh()

@@ -247,6 +247,17 @@ async def test_totals_and_messages_are_those_of_a_model(store: Store, seed: int)
     assert await store.tasks.mismatches(most=1000) == 0
 
 
+async def test_sealed_content_is_not_readable_in_the_database(store: Store, request: pytest.FixtureRequest) -> None:
+    made = await store.conversations.create(conversation("u"), idempotency_key="")
+    turn = await begin(store, made, "canary-said")
+    end = TurnEnd(turn.turn, said(Role.ASSISTANT, "canary-answered"), 5, "o200k")
+    await store.journal.settle(Settlement(settled_of(turn.record, random.Random(1)), turn_end=end))
+    async with store.database.connection() as connection:
+        rows = await (await connection.execute("SELECT content FROM message ORDER BY position")).fetchall()
+    is_sealed = request.node.name.endswith("[sealed]")
+    assert [b"canary" in content for (content,) in rows] == [not is_sealed] * 2
+
+
 async def test_a_wrong_total_is_found(store: Store) -> None:
     made = await store.conversations.create(conversation("u"), idempotency_key="")
     async with store.database.connection() as connection:

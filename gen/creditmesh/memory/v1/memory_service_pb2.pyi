@@ -79,7 +79,7 @@ class SubmittedTurn(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """Identity of the job, a UUID."""
+    """Identity of the job, a UUID; empty = the user was erased after this was said, and nothing is remembered of it."""
     duplicate: _builtins.bool
     """The turn was known."""
     def __init__(
