@@ -116,6 +116,7 @@ class TurnEnd:
     prompt_tokens: int
     token_family: str
     summary_until: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

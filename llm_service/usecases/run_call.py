@@ -228,7 +228,7 @@ class CallRunner:
         message = call.answer.message()
         family = tokens_of(call.deployment)
         tokens = self._tokens.count_message(message, family) + TOKENS_PER_MESSAGE
-        return TurnEnd(call.turn, message, tokens, family, call.summary_until)
+        return TurnEnd(call.turn, message, tokens, family, call.summary_until, call.traceparent)
 
     def _settled(self, call: RunningCall, end: End, ended: Exception | None) -> CallRecord:
         attempt = call.attempt

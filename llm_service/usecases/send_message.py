@@ -153,7 +153,7 @@ class MessageSender:
             for event in await self._replay(request.user_id, begun.answer):
                 yield event
             return
-        is_held = False
+        is_held = is_undone = False
         try:
             self._faults.reach(FaultPoint.AFTER_TURN_BEGUN)
             call, history, memory_use = await self._call(request, begun)
@@ -168,8 +168,14 @@ class MessageSender:
                         yield TurnFinished(told, begun.turn.message_id, sent[-1].message_id if sent else None)
                     else:
                         yield told
-        finally:
+        except DomainError:
             if not is_held:
+                # Before the client hears of it: it may try again at once.
+                await self._undo(begun.turn, begun.call_id)
+                is_undone = True
+            raise
+        finally:
+            if not is_held and not is_undone:
                 self._in_background(self._undo(begun.turn, begun.call_id))
 
     async def close(self) -> None:

@@ -53,7 +53,7 @@ def turn_completed_to_bytes(end: TurnEnd, record: CallRecord) -> bytes:
         messages=_told(said[-64:], most_bytes=MOST_TEXT_BYTES),
         context=_told([(each.message, str(each.message_id)) for each in turn.context], most_bytes=MOST_CONTEXT_BYTES),
         occurred_at=timestamp_to_proto(record.ended_at or record.created_at), memory_ids=turn.memory_ids,
-        call_id=str(record.call_id),
+        call_id=str(record.call_id), traceparent=end.traceparent,
     ).SerializeToString()
 
 

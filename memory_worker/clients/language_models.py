@@ -13,9 +13,7 @@ from grpc_status import rpc_status
 from memory_worker.usecases.ports import ModelAnswer, ModelCallFailed, ModelQuestion, Vector
 from servicekit.rpc.channel import TokenMetadata
 from servicekit.rpc.status import error_info_of
-from servicekit.telemetry.logs import EventLogger
-
-log = EventLogger(__name__)
+from servicekit.telemetry import tracing
 
 SECONDS = 120.0
 EMBED_SCENE = "memory.embed"
@@ -59,7 +57,8 @@ class GrpcModels:
             )),
         )
         try:
-            answer = await self._stub.Generate(request, timeout=SECONDS, metadata=self._token())
+            metadata = (*self._token(), *tracing.metadata_of(question.traceparent))
+            answer = await self._stub.Generate(request, timeout=SECONDS, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise failure_of(error) from error
         text = "".join(

@@ -40,6 +40,7 @@ class TurnText:
     said: tuple[Said, ...]
     context: tuple[Said, ...] = ()
     memory_ids: tuple[str, ...] = ()
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,7 @@ def turn_to_json(text: TurnText) -> dict[str, Any]:
     return {
         "said": [[each.role, each.text] for each in text.said],
         "context": [[each.role, each.text] for each in text.context], "memory_ids": list(text.memory_ids),
+        "traceparent": text.traceparent,
     }
 
 
@@ -192,7 +193,7 @@ def turn_from_json(value: dict[str, Any] | None) -> TurnText:
         return TurnText(())
     return TurnText(
         tuple(Said(*each) for each in value["said"]), tuple(Said(*each) for each in value["context"]),
-        tuple(value["memory_ids"]),
+        tuple(value["memory_ids"]), value["traceparent"],
     )
 
 

@@ -65,6 +65,10 @@ SELECT {_FIELDS}, 1 - (embedding <=> %(vector)s::vector) AS score FROM item
 WHERE user_id = %(user_id)s AND type = ANY(%(types)s) AND embedder = %(embedder)s AND {_LIVE}
 ORDER BY embedding <=> %(vector)s::vector, item_id LIMIT %(most)s
 """
+SIMILARITIES = """
+SELECT item_id, 1 - (embedding <=> %s::vector) AS score FROM item
+WHERE user_id = %s AND item_id = ANY(%s) AND embedder = %s
+"""
 CONSTRAINTS = f"""
 SELECT {_FIELDS} FROM item WHERE user_id = %s AND type = {MemoryType.CONSTRAINT:d} AND {_LIVE}
 ORDER BY importance DESC, updated_at DESC, item_id LIMIT %s
@@ -312,6 +316,12 @@ class PostgresMemories:
             "vector": _text_of(vector), "most": most,
         })
         return [(item_from_row(row), float(row["score"])) for row in rows if row["score"] >= floor]
+
+    async def similarities(
+        self, user_id: str, vector: Vector, embedder: str, item_ids: Sequence[UUID]
+    ) -> dict[UUID, float]:
+        rows = await self._rows(SIMILARITIES, (_text_of(vector), user_id, list(item_ids), embedder))
+        return {row["item_id"]: float(row["score"]) for row in rows}
 
     async def constraints(self, user_id: str, *, most: int) -> list[Item]:
         return [item_from_row(row) for row in await self._rows(CONSTRAINTS, (user_id, most))]

@@ -12,7 +12,7 @@ from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
 
-SECONDS = 5.0
+SECONDS = 30.0
 MOST_AT_ONCE = 500
 
 

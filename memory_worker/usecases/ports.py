@@ -159,6 +159,7 @@ class ModelQuestion:
     data: str
     schema_name: str
     schema: str
+    traceparent: str = ""
 
 
 class Models(Protocol):
@@ -227,6 +228,12 @@ class MemoryStore(Protocol):
     async def similar(
         self, user_id: str, vector: Vector, embedder: str, *, types: Sequence[MemoryType], most: int, floor: float
     ) -> list[tuple[Item, float]]: ...
+
+    async def similarities(
+        self, user_id: str, vector: Vector, embedder: str, item_ids: Sequence[UUID]
+    ) -> dict[UUID, float]:
+        """Of these items, whatever has become of them; without those of another embedder."""
+        ...
 
     async def constraints(self, user_id: str, *, most: int) -> list[Item]: ...
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from memory_worker.domain.item import Item, ItemStatus, MemoryType
 from memory_worker.domain.ranking import MOST_PINNED, Ranked, choose, rank
-from memory_worker.usecases.ports import Embedder, MemoryStore, ModelCallFailed, Policy
+from memory_worker.usecases.ports import Embedder, MemoryStore, ModelCallFailed, Policy, Vector
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable
 
@@ -47,15 +46,24 @@ class Retriever:
             return []
         types = query.types or tuple(MemoryType)
         now = query.as_of or self._clock.now()
-        found = await self._similar(query, types) if query.text.strip() else []
+        vector = await self._vector(query) if query.text.strip() else ()
         if query.as_of is not None:
             then = await self._memories.items_as_of(
                 query.user_id, query.as_of, kind=None, before=None, limit=MOST_AS_OF
             )
-            known = {item.item_id: score for item, score in found}
-            found = [(item, known[item.item_id]) for item in then if item.item_id in known]
+            near = await self._memories.similarities(
+                query.user_id, vector, self._embedder.name, [item.item_id for item in then]
+            ) if vector else {}
+            found = [
+                (item, near[item.item_id]) for item in then
+                if near.get(item.item_id, -1.0) >= self._policy.retrieve_floor
+            ]
             constraints = [item for item in then if item.type is MemoryType.CONSTRAINT]
         else:
+            found = await self._memories.similar(
+                query.user_id, vector, self._embedder.name, types=types, floor=self._policy.retrieve_floor,
+                most=min(MOST_FETCHED, OVERFETCH * (query.limit or DEFAULT_LIMIT)),
+            ) if vector else []
             constraints = await self._memories.constraints(query.user_id, most=MOST_PINNED)
         allowed = [0, 1, 2] if settings.sensitive_enabled else [0]
 
@@ -72,12 +80,8 @@ class Retriever:
         ranked = [rank(item, score, now=now) for item, score in found if may(item) and item.item_id not in pins]
         return choose(pinned, ranked, limit=query.limit or DEFAULT_LIMIT, token_budget=query.token_budget)
 
-    async def _similar(self, query: Query, types: Sequence[MemoryType]) -> list[tuple[Item, float]]:
+    async def _vector(self, query: Query) -> Vector:
         try:
-            vector = (await self._embedder.embed(query.user_id, [query.text], request_id=query.request_id))[0]
+            return (await self._embedder.embed(query.user_id, [query.text], request_id=query.request_id))[0]
         except ModelCallFailed as failure:
             raise DependencyUnavailable(f"the embedder ({failure.reason})") from failure
-        return await self._memories.similar(
-            query.user_id, vector, self._embedder.name, types=types, floor=self._policy.retrieve_floor,
-            most=min(MOST_FETCHED, OVERFETCH * (query.limit or DEFAULT_LIMIT)),
-        )

@@ -308,7 +308,8 @@ class JobWorker:
                 calls.take()
                 self._faults.reach(FaultPoint.BEFORE_ASKING)
                 answer = await self._models.ask(ModelQuestion(
-                    key, job.user_id, scene, alias, instructions, data, f"memory_{stage}", schema
+                    key, job.user_id, scene, alias, instructions, data, f"memory_{stage}", schema,
+                    job.turn.traceparent,
                 ))
                 self._faults.reach(FaultPoint.ANSWERED)
                 await self._answers.keep(job, key, stage, answer)

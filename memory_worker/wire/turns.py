@@ -28,7 +28,7 @@ def turn_from_proto(turn: turn_completed_pb2.TurnCompleted, *, now: datetime) ->
         occurred_at=(
             timestamp_from_proto(turn.occurred_at, field="occurred_at") if turn.HasField("occurred_at") else now
         ),
-        text=TurnText(_said(turn.messages), _said(turn.context), tuple(turn.memory_ids)),
+        text=TurnText(_said(turn.messages), _said(turn.context), tuple(turn.memory_ids), turn.traceparent),
     )
 
 

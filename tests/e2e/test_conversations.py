@@ -208,7 +208,7 @@ def test_what_fails_before_its_answer_leaves_no_trace_and_can_be_tried_again(
     chat.say("before")
     with refused(code, reason):
         chat.say("again and again", request_id="same", **fields)
-    wait_until(lambda: not chat.now.running_call_id, what="the turn's end")
+    assert not chat.now.running_call_id
     assert len(chat.messages()) == len(chat.messages(all_branches=True)) == 2
     chat.say("again and again", request_id="other")
     assert at_rest(chat).message_count == 4
@@ -218,7 +218,7 @@ def test_no_credit_no_turn(mesh: Mesh) -> None:
     chat = Chat(mesh, "penniless", title="t")
     with refused(Code.RESOURCE_EXHAUSTED, "INSUFFICIENT_CREDIT"):
         chat.say("hello", request_id="p")
-    wait_until(lambda: not chat.now.running_call_id, what="the turn's end")
+    assert not chat.now.running_call_id
     assert chat.messages() == []
     mesh.credit("penniless", CREDIT)
     chat.say("hello", request_id="p")

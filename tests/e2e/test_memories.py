@@ -84,6 +84,8 @@ def test_a_contradiction_supersedes_explains_and_can_be_undone(mesh: Mesh, user:
     assert (old.content, old.superseded_by) == ("The user lives in Lisbon", new.item_id)
     assert old.HasField("valid_to")
     assert [each.content for each in items(mesh, user, as_of=moment)] == ["The user lives in Lisbon"]
+    then = retrieve(mesh, user, "Lisbon or Porto?", as_of=moment)
+    assert [each.item.content for each in then] == ["The user lives in Lisbon"]
     decision = after.decisions[0]
     assert decision.action == memory_pb2.ACTION_ADD
     assert [each.relation for each in decision.candidates] == [memory_pb2.RELATION_CONFLICT]

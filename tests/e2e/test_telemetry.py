@@ -16,7 +16,10 @@ import yaml
 from creditmesh.llm.v1 import model_service_pb2
 
 from deploy.local.kafka import Kafka
+from tests.support.chat import Chat
 from tests.support.collector import Collector
+from tests.support.load import wait_until
+from tests.support.memories import contents
 from tests.support.mesh import ROOT, Mesh, generate_request, stream_request
 from tests.support.ports import free_port
 from tests.support.upstream import CANARY_ANSWER, Upstream
@@ -129,6 +132,30 @@ def test_one_trace_leads_from_the_client_to_the_ledger(
     failed = next(span for _, span in spans if span.name == "chat http-503")
     assert {each.key: each.value.string_value for each in failed.attributes}["error.type"] == "UPSTREAM_UNAVAILABLE"
     assert collector.spans(trace_id[::-1]) == [], "a trace that its client does not record is not recorded here"
+
+
+def test_the_trace_goes_on_through_the_memory_worker_and_no_log_has_what_was_said(
+    new_mesh: Callable[..., Mesh], collector: Collector
+) -> None:
+    mesh = new_mesh(**{f"{service}_OTLP_ENDPOINT": collector.endpoint for service in ("LLM", "TOKENSTORE", "MEMORY")})
+    mesh.start_memory()
+    mesh.credit("alice", 10**9)
+    trace_id, canary = "5bf92f3577b34da6a3ce929d0e0e4737", "canary-tea-91"
+    metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+    chat = Chat(mesh, "alice", title="t", use_memories=True)
+    list(mesh.conversations.SendMessage(chat.request(f"I like {canary}."), timeout=20, metadata=metadata))
+    wait_until(lambda: contents(mesh, "alice") == [f"The user likes {canary}"], what="the memory")
+    mesh.wait_for_rest()
+    mesh.stop()
+    names = {f"{service} {span.name}" for service, span in collector.spans(trace_id)}
+    assert names >= {
+        "llm_service creditmesh.llm.v1.ConversationService/SendMessage",
+        "memory_worker creditmesh.memory.v1.MemoryService/Retrieve",
+        "llm_service creditmesh.llm.v1.LLMService/Generate", "tokenstore_service apply credit.charge.requested",
+    }, names
+    assert mesh.memory is not None
+    assert canary not in mesh.llm.text() + mesh.tokenstore.text() + mesh.memory.text()
+    assert not any(canary in str(span) for _, span in collector.spans(trace_id))
 
 
 def everything_in(mesh: Mesh) -> str:

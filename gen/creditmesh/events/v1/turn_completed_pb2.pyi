@@ -36,6 +36,7 @@ class TurnCompleted(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     MEMORY_IDS_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     conversation_id: _builtins.str
@@ -44,6 +45,8 @@ class TurnCompleted(_message.Message):
     """The assistant's message, 1..128 characters: one turn is worked on once."""
     call_id: _builtins.str
     """Call that gave the answer, a UUID; empty = not known."""
+    traceparent: _builtins.str
+    """Trace that the turn belongs to (W3C Trace Context), which its model calls go on with; empty = none."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnMessage]:
         """The turn: what the user said and what was answered, 1..64 messages."""
@@ -71,10 +74,11 @@ class TurnCompleted(_message.Message):
         context: _abc.Iterable[Global___TurnMessage] | None = ...,
         memory_ids: _abc.Iterable[_builtins.str] | None = ...,
         call_id: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_at", b"occurred_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "context", b"context", "conversation_id", b"conversation_id", "memory_ids", b"memory_ids", "message_id", b"message_id", "messages", b"messages", "occurred_at", b"occurred_at", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "context", b"context", "conversation_id", b"conversation_id", "memory_ids", b"memory_ids", "message_id", b"message_id", "messages", b"messages", "occurred_at", b"occurred_at", "traceparent", b"traceparent", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
