@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "secrets"
 LLM_SCOPES = ["holds.write", "charges.write", "balance.read", "memory.read", "memory.write"]
-MEMORY_SCOPES = ["llm.call"]
+MEMORY_SCOPES = ["llm.call", "billing.skip"]
 BACKEND_SCOPES = ["llm.call", "balance.read", "ledger.read", "memory.read", "memory.write"]
 OPERATOR_SCOPES = [*BACKEND_SCOPES, "models.admin", "prices.admin", "ledger.adjust", "memory.admin"]
 

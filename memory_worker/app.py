@@ -116,7 +116,7 @@ async def serve(settings: Settings) -> None:
         await stack.enter_async_context(background(worker.run, name="jobs"))
         await stack.enter_async_context(background(
             lambda: keep_house(
-                memories, embedder=embedder.name, answers_kept=timedelta(days=settings.answers_kept_days),
+                memories, embedder, answers_kept=timedelta(days=settings.answers_kept_days),
                 expired=metrics.expired.inc, indexed=indexed,
             ),
             name="housekeeping",

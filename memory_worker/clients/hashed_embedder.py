@@ -29,7 +29,9 @@ class HashedEmbedder:
 
     name = f"hashed/1:{DIMENSIONS}"
 
-    async def embed(self, user_id: str, texts: Sequence[str], *, request_id: str) -> list[Vector]:
+    async def embed(
+        self, user_id: str, texts: Sequence[str], *, request_id: str, skip_charge: bool = False
+    ) -> list[Vector]:
         return [vector_of(text) for text in texts]
 
 

@@ -71,7 +71,7 @@ class GrpcModels:
 
 class LlmEmbedder:
     """Implements Embedder by the alias `embedding`. The vectors of one alias count as alike: when another model is put
-    behind it, MEMORY_EMBEDDING_VERSION is to be changed, and the items are embedded anew."""
+    behind it, MEMORY_EMBEDDING_VERSION is to be changed, and the items are embedded anew, uncharged."""
 
     def __init__(self, channel: grpc.aio.Channel, token: TokenMetadata, *, alias: str, version: str) -> None:
         self._stub = llm_service_pb2_grpc.LLMServiceStub(channel)
@@ -79,9 +79,13 @@ class LlmEmbedder:
         self._alias = alias
         self.name = f"llm:{alias}:{version}"
 
-    async def embed(self, user_id: str, texts: Sequence[str], *, request_id: str) -> list[Vector]:
+    async def embed(
+        self, user_id: str, texts: Sequence[str], *, request_id: str, skip_charge: bool = False
+    ) -> list[Vector]:
         request = llm_service_pb2.EmbedRequest(
-            billing=billing_pb2.BillingContext(user_id=user_id, request_id=request_id, scene=EMBED_SCENE),
+            billing=billing_pb2.BillingContext(
+                user_id=user_id, request_id=request_id, scene=EMBED_SCENE, skip_charge=skip_charge
+            ),
             model=self._alias, inputs=texts,
         )
         try:

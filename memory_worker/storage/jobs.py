@@ -17,13 +17,19 @@ from servicekit.core.offsets import OffsetMove
 from servicekit.db.database import Database
 from servicekit.kafka.offsets import move_offsets
 
+SPACING_MILLISECONDS = 20
+"""Between the jobs of one user, which are worked one after the other anyway, so that thousands of them do not
+stand before everybody else's."""
 SUBMIT = f"""
 INSERT INTO job (
     user_id, job_id, conversation_id, message_id, state, tries, reason, turn, occurred_at, created_at, due_at, owner,
     generation, calls, tokens, credit_micros
 )
-SELECT user_id, job_id, conversation_id, message_id, {JobState.QUEUED:d}, 0, '', turn, occurred_at, now(), now(), '', 0,
-    0, 0, 0
+SELECT user_id, job_id, conversation_id, message_id, {JobState.QUEUED:d}, 0, '', turn, occurred_at, now(),
+    now() + {SPACING_MILLISECONDS} * interval '1 millisecond' * (
+        row_number() OVER (PARTITION BY user_id ORDER BY occurred_at, message_id) - 1
+        + (SELECT count(*) FROM job o WHERE o.user_id = d.user_id AND o.due_at IS NOT NULL)
+    ), '', 0, 0, 0, 0
 FROM json_to_recordset(%(turns)s::json) AS d (
     user_id text, job_id uuid, conversation_id text, message_id text, turn jsonb, occurred_at timestamptz
 )

@@ -142,6 +142,7 @@ DELETE FROM model_answer WHERE (user_id, call_key) IN (
 )
 """
 INDEX = f"SELECT count(*), count(*) FILTER (WHERE embedder = %s) FROM item WHERE {_LIVE}"
+UNINDEXED = f"SELECT {_FIELDS} FROM item WHERE embedder <> %s AND {_LIVE} ORDER BY user_id, item_id LIMIT %s"
 WORKER = "worker"
 
 
@@ -471,6 +472,16 @@ class PostgresMemories:
     async def prune(self, *, older_than: timedelta, limit: int) -> int:
         async with self._database.connection() as connection:
             return (await connection.execute(PRUNE, (older_than, limit))).rowcount
+
+    async def unindexed(self, embedder: str, *, limit: int) -> list[Item]:
+        return [item_from_row(row) for row in await self._rows(UNINDEXED, (embedder, limit))]
+
+    async def set_vector(self, item: Item, vector: Vector, embedder: str) -> None:
+        async with self._database.connection() as connection:
+            await connection.execute(
+                SET_VECTOR + " AND version = %s",
+                (embedder, _text_of(vector), item.user_id, item.item_id, item.version),
+            )
 
     async def index_status(self, embedder: str) -> tuple[int, int]:
         async with self._database.connection() as connection:

@@ -138,6 +138,7 @@ job = Table(
 )
 Index("job_by_turn", job.c.user_id, job.c.message_id, unique=True)
 Index("job_by_id", job.c.job_id)
+Index("job_open", job.c.user_id, postgresql_where=job.c.due_at.is_not(None))
 Index("job_due", job.c.due_at, postgresql_where=job.c.due_at.is_not(None))
 
 model_answer = Table(

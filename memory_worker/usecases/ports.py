@@ -186,8 +186,10 @@ class Embedder(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def embed(self, user_id: str, texts: Sequence[str], *, request_id: str) -> list[Vector]:
-        """Raises ModelCallFailed."""
+    async def embed(
+        self, user_id: str, texts: Sequence[str], *, request_id: str, skip_charge: bool = False
+    ) -> list[Vector]:
+        """`skip_charge`: booked as 0, where it is not the user who wants it. Raises ModelCallFailed."""
         ...
 
 
@@ -277,6 +279,14 @@ class MemoryStore(Protocol):
     async def expire(self, *, limit: int) -> int: ...
 
     async def prune(self, *, older_than: timedelta, limit: int) -> int: ...
+
+    async def unindexed(self, embedder: str, *, limit: int) -> list[Item]:
+        """Active items without a vector of this embedder."""
+        ...
+
+    async def set_vector(self, item: Item, vector: Vector, embedder: str) -> None:
+        """Unless the item has changed since."""
+        ...
 
     async def index_status(self, embedder: str) -> tuple[int, int]:
         """Active items, and those with a vector of this embedder."""

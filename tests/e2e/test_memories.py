@@ -296,6 +296,28 @@ def test_memory_down_is_an_answer_without(new_mesh: Callable[..., Mesh]) -> None
     wait_until(lambda: contents(mesh, "u") == ["The user lives in Rome"], what="the memory")
 
 
+def test_after_a_change_of_the_embedder_everything_is_embedded_anew(new_mesh: Callable[..., Mesh]) -> None:
+    mesh = new_mesh()
+    memory = mesh.start_memory()
+    mesh.credit("u", CREDIT)
+    remember(mesh, "u", "I like tea. I live in Rome.", "m1")
+    balance = mesh.balance("u").balance_micros
+
+    def status() -> Any:
+        return mesh.memories.GetIndexStatus(pb.GetIndexStatusRequest(), timeout=10)
+
+    memory.stop()
+    memory.start(MEMORY_EMBEDDER="llm")
+    mesh.wait_for_memory()
+    wait_until(lambda: status().indexed == status().items == 2, what="new vectors")
+    assert status().embedder == "llm:embedding:1"
+    mesh.wait_for_rest()
+    assert mesh.balance("u").balance_micros == balance, "it is not the user who wanted that"
+    assert [each.item.content for each in retrieve(mesh, "u", "The user likes tea", limit=1)] == ["The user likes tea"]
+    mesh.wait_for_rest()
+    assert mesh.balance("u").balance_micros < balance, "a question is the user's"
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "chatty": {"replies": ["Sure! Here you are:\n```json\n{\"thoughts\": \"\", \"facts\": []}\n```\nAnything else?"]},
     "wrong types": {"replies": [

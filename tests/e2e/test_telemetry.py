@@ -26,7 +26,7 @@ from tests.support.upstream import CANARY_ANSWER, Upstream
 
 OBSERVABILITY = ROOT / "deploy" / "observability"
 ONLY_WITH_KAFKA = {"kafka_dead_letters_total", "kafka_consumed_total"}
-OURS = ("llm_", "gen_ai_client", "outbox_", "grpc_server", "ledger_", "kafka_")
+OURS = ("llm_", "gen_ai_client", "outbox_", "grpc_server", "ledger_", "kafka_", "memory_")
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def queries() -> list[str]:
 def test_every_query_of_dashboard_and_alerts_has_its_metric_and_labels(
     new_mesh: Callable[..., Mesh], upstream: Upstream
 ) -> None:
-    llm, tokenstore = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-    mesh = new_mesh(LLM_METRICS_LISTEN=llm, TOKENSTORE_METRICS_LISTEN=tokenstore)
-    mesh.start()
+    llm, tokenstore, memory = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    mesh = new_mesh(LLM_METRICS_LISTEN=llm, TOKENSTORE_METRICS_LISTEN=tokenstore, MEMORY_METRICS_LISTEN=memory)
+    mesh.start_memory()
     mesh.credit("alice", 10**9)
     mesh.register("pro", upstream.base_url, "http-503", max_retries=0, priority=0)
     mesh.register("pro", upstream.base_url, "ok,nousage,words=4,pause=0.01", priority=1, limits={"max_concurrency": 1})
@@ -80,7 +80,7 @@ def test_every_query_of_dashboard_and_alerts_has_its_metric_and_labels(
     mesh.calls.Generate(generate_request("alice"), timeout=20)
     mesh.wait_for_rest()
     time.sleep(1.2)  # a heartbeat shows the gauges
-    text = scrape(llm) + scrape(tokenstore)
+    text = scrape(llm) + scrape(tokenstore) + scrape(memory)
     names = sample_names(text)
     for query in queries():
         words = re.findall(r"[a-z_]+", re.sub(r'"[^"]*"', "", query))

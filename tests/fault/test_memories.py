@@ -121,6 +121,19 @@ def test_four_workers_on_one_user(new_mesh: Callable[..., Mesh]) -> None:
             other.stop()
 
 
+def test_a_user_with_thousands_of_turns_starves_nobody(new_mesh: Callable[..., Mesh]) -> None:
+    mesh = new_mesh()
+    mesh.start_memory()
+    mesh.credit("heavy", 10**10)
+    mesh.credit("light", 10**9)
+    for first in range(0, 3000, 500):
+        submit(mesh, *(turn("heavy", f"I like number {n}.", f"m{n}") for n in range(first, first + 500)))
+    job_id = submit(mesh, turn("light", "I like tea.", "m1"))[0]
+    assert worked(mesh, job_id, seconds=20).state == memory_pb2.JOB_STATE_DONE
+    left = mesh.rows(mesh.memory_url, "SELECT count(*) FROM memory.job WHERE user_id = 'heavy' AND state < 4")[0][0]
+    assert left > 2000, "it came before what was submitted long before it"
+
+
 def test_turns_by_kafka(new_mesh: Callable[..., Mesh], kafka: Kafka) -> None:
     servers, prefix = kafka.bootstrap_servers, "turns."
     mesh = new_mesh(**{

@@ -306,17 +306,22 @@ class Mesh:
         return int(self._number(self.llm_url, "SELECT count(*) FROM llm.call WHERE state = 1"))
 
     def wait_for_rest(self, seconds: float = REST_SECONDS) -> None:
-        """Until no call runs, the outbox is empty, no hold is open, each expired hold of ours has its record, and each
-        settled call is in the ledger."""
+        """Until no call runs, the outbox is empty, no hold is open, each expired hold of ours has its record, each
+        settled call is in the ledger, and no title or summary is to be made."""
         give_up_at = time.monotonic() + seconds
         left = {}
         while time.monotonic() < give_up_at:
             left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls(),
-                    "orphans": self.orphaned_holds(), "unbooked": self.unbooked_calls()}
+                    "orphans": self.orphaned_holds(), "unbooked": self.unbooked_calls(),
+                    "chores": self.conversation_tasks()}
             if not any(left.values()):
                 return
             time.sleep(0.1)
         raise AssertionError(f"not at rest after {seconds} s: {left}")
+
+    def conversation_tasks(self) -> int:
+        """Titles and summaries that are still to be made."""
+        return int(self._number(self.llm_url, "SELECT count(*) FROM llm.conversation_task"))
 
     def orphaned_holds(self) -> int:
         """Expired holds of calls that llm_service has no record of yet."""

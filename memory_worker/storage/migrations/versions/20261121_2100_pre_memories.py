@@ -101,6 +101,7 @@ STATEMENTS = (
     """,
     "CREATE UNIQUE INDEX job_by_turn ON job (user_id, message_id)",
     "CREATE INDEX job_by_id ON job (job_id)",
+    "CREATE INDEX job_open ON job (user_id) WHERE due_at IS NOT NULL",
     "CREATE INDEX job_due ON job (due_at) WHERE due_at IS NOT NULL",
     """
     CREATE TABLE model_answer (
