@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import wave
 from typing import Any
@@ -29,15 +30,20 @@ INLINE_CHARACTERS = 20_000
 """Longer prompts are counted in a thread: 20 000 characters take 0.4 ms."""
 MOST_CACHED_PIECES = 50_000
 LONGEST_CACHED_PIECE = 16
+SHORTEST_CACHED_TEXT = 200
+MOST_CACHED_TEXTS = 20_000
+"""System prompts, schemas and histories come again with every call; about 3 MB."""
 
 
 class BpeTokenCounter:
-    """Counts; remembers the short pieces that streams are made of. cl100k is loaded when it is first needed."""
+    """Counts; remembers the short pieces that streams are made of, and of long texts their digests, not the texts.
+    cl100k is loaded when it is first needed."""
 
     def __init__(self) -> None:
         self._encode = bpe_openai.get_encoding(EXACT[O200K]).encode_ordinary
         self._others: dict[str, Any] = {}
         self._pieces: dict[str, int] = {}
+        self._texts: dict[bytes, int] = {}
 
     def count_text(self, text: str, family: str = O200K) -> int:
         if family != O200K:
@@ -45,7 +51,7 @@ class BpeTokenCounter:
         known = self._pieces.get(text)
         if known is not None:
             return known
-        count = len(self._encode(text))
+        count = self._exact(text)
         if len(text) <= LONGEST_CACHED_PIECE and len(self._pieces) < MOST_CACHED_PIECES:
             self._pieces[text] = count
         return count
@@ -78,12 +84,25 @@ class BpeTokenCounter:
             tokens += self._count(call.name, family) + self._count(call.arguments, family)
         return tokens
 
+    def _exact(self, text: str) -> int:
+        """In o200k."""
+        if len(text) < SHORTEST_CACHED_TEXT:
+            return len(self._encode(text))
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+        count = self._texts.pop(digest, None)
+        if count is None:
+            count = len(self._encode(text))
+            if len(self._texts) >= MOST_CACHED_TEXTS:
+                self._texts.pop(next(iter(self._texts)), None)  # the one that was not asked for longest
+        self._texts[digest] = count
+        return count
+
     def _count(self, text: str, family: str) -> int:
         if family == O200K:
-            return len(self._encode(text))
+            return self._exact(text)
         if family in EXACT:
             return len(self._other(family)(text))
-        return ESTIMATE[family].of(len(self._encode(text)), text)
+        return ESTIMATE[family].of(self._exact(text), text)
 
     def _both(self, text: str, family: str) -> tuple[int, int]:
         """The estimate and the upper bound."""
@@ -92,7 +111,7 @@ class BpeTokenCounter:
             return count, count
         if not text:
             return 0, 0
-        exact = len(self._encode(text))
+        exact = self._exact(text)
         return ESTIMATE[family].of(exact, text), UPPER[family].of(exact, text)
 
     def _other(self, family: str) -> Any:
