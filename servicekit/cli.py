@@ -95,6 +95,8 @@ class ServiceCommands:
                 asyncio.run(self._serve(settings))
             finally:
                 shut_down_traces()
+        except ConfigurationError as error:
+            fail(*error.problems, code=2)
         except (OSError, ValueError) as error:
             fail(f"{self._module}: {error}")
 

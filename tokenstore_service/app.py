@@ -132,6 +132,7 @@ async def serve(settings: Settings) -> None:
         for each in (database, writing):
             await each.open()
             stack.push_async_callback(each.close)
+        stack.push_async_callback(leases.release)
         if shared is not None:
             stack.push_async_callback(shared.close)
         await prices.refresh()

@@ -22,6 +22,7 @@ CLAIM = """
 UPDATE job_lease SET owner = %(owner)s, lease_until = now() + %(lease)s
 WHERE name = %(name)s AND (owner = %(owner)s OR lease_until <= now()) RETURNING cursor
 """
+RELEASE = "UPDATE job_lease SET lease_until = 'epoch' WHERE owner = %s"
 MOVE = "UPDATE job_lease SET cursor = %(cursor)s WHERE name = %(name)s AND owner = %(owner)s AND lease_until > now()"
 
 
@@ -50,6 +51,11 @@ class Leases:
             await connection.execute(ADD, arguments)
             row = await (await connection.execute(CLAIM, arguments)).fetchone()
         return None if row is None else str(row[0])
+
+    async def release(self) -> None:
+        """Gives back all that this replica has, so that nobody waits for them to run out."""
+        async with self._database.connection() as connection:
+            await connection.execute(RELEASE, (self._owner,))
 
     async def move(self, name: str, cursor: str) -> bool:
         """False when the lease is lost."""

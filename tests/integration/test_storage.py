@@ -265,3 +265,21 @@ async def test_a_database_that_is_away_is_a_dependency_error(databases: Database
             pass
     opening.cancel()
     await database.close()
+
+
+async def test_a_transaction_that_lasts_too_long_is_ended_by_the_server(databases: Databases) -> None:
+    database = Database(
+        databases.make("memory"), schema="memory", application_name="test", pool_size=1, transaction_seconds=0.2
+    )
+    await database.open()
+    try:
+        with pytest.raises(DependencyUnavailable):
+            async with database.transaction() as connection:
+                await connection.execute("INSERT INTO user_head (user_id, revision) VALUES ('u', 1)")
+                await asyncio.sleep(0.6)
+                await connection.execute("SELECT 1")
+        async with database.connection() as connection:
+            rows = await (await connection.execute("SELECT count(*) FROM user_head")).fetchall()
+        assert rows == [(0,)]
+    finally:
+        await database.close()
