@@ -63,7 +63,14 @@ def user_of(number: int) -> str:
     return f"bench-{number % USERS}"
 
 
-def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> Work:
+async def nothing() -> None:
+    """To prepare."""
+
+
+def make_work(
+    kind: str, channel: grpc.aio.Channel, target: str, model: str
+) -> tuple[Work, Callable[[], Awaitable[None]]]:
+    """What is done again and again, and what is done once before."""
     calls = llm_service_pb2_grpc.LLMServiceStub(channel)
     echo = channel.unary_unary(
         "/bench.Echo/Unary", request_serializer=llm_service_pb2.GenerateRequest.SerializeToString,
@@ -111,19 +118,21 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
     open_chats: dict[int, str] = {}
 
     async def do_send(number: int, figures: Figures) -> None:
-        """A message in a conversation of ever more history, one conversation a user."""
+        """A message in a conversation of its user; they are made before."""
         user = user_of(number)
-        if number % USERS not in open_chats:
-            made = await chats.CreateConversation(
-                conversation_service_pb2.CreateConversationRequest(user_id=user, model=model, title="bench"), timeout=30
-            )
-            open_chats[number % USERS] = made.conversation.conversation_id
         begun = time.perf_counter()
         request = conversation_service_pb2.SendMessageRequest(
             user_id=user, conversation_id=open_chats[number % USERS], content=[chat_pb2.Content(text=PROMPT)],
             max_output_tokens=256,
         )
         await read(chats.SendMessage(request, timeout=30), figures, begun)
+
+    async def open_all() -> None:
+        for number in range(USERS):
+            made = await chats.CreateConversation(conversation_service_pb2.CreateConversationRequest(
+                user_id=user_of(number), model=model, title="bench"
+            ), timeout=30)
+            open_chats[number] = made.conversation.conversation_id
 
     async def do_echo_stream(number: int, figures: Figures) -> None:
         billing = billing_pb2.BillingContext(user_id=user_of(number))
@@ -171,9 +180,8 @@ def make_work(kind: str, channel: grpc.aio.Channel, target: str, model: str) -> 
 
     return {
         "http": do_http, "generate": do_generate, "echo": do_echo, "stream": do_stream, "send": do_send,
-        "echo-stream": do_echo_stream,
-        "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
-    }[kind]
+        "echo-stream": do_echo_stream, "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
+    }[kind], open_all if kind == "send" else nothing
 
 
 async def closed_loop(work: Work, figures: Figures, *, concurrency: int, seconds: float) -> float:
@@ -221,7 +229,9 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         works = []
         for _ in range(arguments.channels):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(arguments.target, options=options))
-            works.append(make_work(arguments.kind, channel, arguments.target, arguments.model))
+            made, prepare = make_work(arguments.kind, channel, arguments.target, arguments.model)
+            await prepare()
+            works.append(made)
 
         async def work(number: int, figures: Figures) -> None:
             await works[number % len(works)](number, figures)

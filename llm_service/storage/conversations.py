@@ -69,6 +69,14 @@ WHERE user_id = %(user_id)s AND conversation_id = %(conversation_id)s AND state 
     AND (%(after)s::uuid IS NULL OR message_id > %(after)s)
 ORDER BY message_id LIMIT %(limit)s
 """
+# The newest of a conversation that never forked; asked for with the lock, before its row is read.
+NEWEST = """
+SELECT m.* FROM conversation c JOIN message m USING (user_id, conversation_id)
+WHERE c.user_id = %s AND c.conversation_id = %s AND c.branches = 1 AND m.branch = c.branch
+    AND m.position >= c.length - %s AND m.position < c.length
+ORDER BY m.position
+"""
+MOST_NEWEST = 64
 ANSWER_TO = """
 SELECT * FROM message WHERE user_id = %s AND conversation_id = %s AND request_id = %s AND call_id IS NOT NULL
 """
@@ -248,20 +256,32 @@ class PostgresConversations:
     # Turns
 
     @asynccontextmanager
-    async def open_turn(self, user_id: str, conversation_id: UUID) -> AsyncIterator[_OpenTurn]:
-        async with self._database.transaction() as connection:
-            cursor = connection.cursor(row_factory=dict_row)
-            row = await (await cursor.execute(LOCK, (user_id, conversation_id))).fetchone()
+    async def open_turn(self, user_id: str, conversation_id: UUID, request_id: str) -> AsyncIterator[_OpenTurn]:
+        key = (user_id, conversation_id)
+        async with self._database.transaction(pipelined=True) as connection:
+            # Together, each seeing what was committed when the lock was had.
+            # Not durable by itself: the call's own journal entry, which follows before a model is asked, makes it so.
+            await connection.execute("SET LOCAL synchronous_commit = off")
+            lock, answer, newest = (connection.cursor(row_factory=dict_row) for _ in range(3))
+            await lock.execute(LOCK, key)
+            await answer.execute(ANSWER_TO, (*key, request_id))
+            await newest.execute(NEWEST, (*key, MOST_NEWEST))
+            row = await lock.fetchone()
             if row is None:
                 raise ConversationNotFound("there is no such conversation")
             conversation = self._rows.conversation(row)
+            answered = await answer.fetchone()
             stale = False
             if conversation.running_call_id is not None:
                 found = await (await connection.execute(IS_STALE, {
                     "until": conversation.running_until, "user_id": user_id, "call_id": conversation.running_call_id,
                 })).fetchone()
                 stale = bool(found and found[0])
-            yield _OpenTurn(self._rows, connection, conversation, running_is_stale=stale)
+            yield _OpenTurn(
+                self._rows, connection, conversation, running_is_stale=stale,
+                answer=(self._rows.stored(answered), bytes(answered["request_hash"])) if answered else None,
+                newest=[self._rows.stored(each) for each in await newest.fetchall()],
+            )
 
     async def undo_turn(self, turn: Turn, call_id: UUID) -> None:
         keys = {"user_id": turn.user_id, "conversation_id": turn.conversation_id, "call_id": call_id}
@@ -295,17 +315,15 @@ class _OpenTurn:
 
     def __init__(
         self, rows: ConversationRows, connection: Connection, conversation: Conversation, *, running_is_stale: bool,
+        answer: tuple[StoredMessage, bytes] | None, newest: Sequence[StoredMessage],
     ) -> None:
         self._rows = rows
         self._connection = connection
         self.conversation = conversation
         self.running_is_stale = running_is_stale
+        self.answer = answer
+        self._newest = newest
         self._key = (conversation.user_id, conversation.conversation_id)
-
-    async def answer_to(self, request_id: str) -> tuple[StoredMessage, bytes] | None:
-        cursor = self._connection.cursor(row_factory=dict_row)
-        row = await (await cursor.execute(ANSWER_TO, (*self._key, request_id))).fetchone()
-        return (self._rows.stored(row), bytes(row["request_hash"])) if row else None
 
     async def message(self, message_id: UUID) -> StoredMessage | None:
         return await _message(self._connection, self._rows, self._key, message_id)
@@ -315,6 +333,10 @@ class _OpenTurn:
 
     async def messages(self, path: Sequence[Segment]) -> list[StoredMessage]:
         most = sum(each.end - each.first for each in path)
+        if len(path) == 1 and self.conversation.branches == 1 and self._newest and (
+            path[0].branch == self._newest[0].place.branch and path[0].first >= self._newest[0].place.position
+        ):
+            return [each for each in self._newest if path[0].first <= each.place.position < path[0].end]
         return await _messages(self._connection, self._rows, self._key, path, limit=most)
 
     async def drop_stale(self) -> None:
@@ -337,14 +359,13 @@ class _OpenTurn:
         rows = [self._rows.to_row(self._key, each) for each in sent]
         rows.append(self._rows.to_row(self._key, answer, call_id=call_id, fingerprint=fingerprint))
         first = sent[0] if sent else answer
-        async with self._connection.pipeline():
-            for row in rows:
-                await self._connection.execute(ADD_MESSAGE, row)
-            await self._connection.execute(RUN, {
-                "user_id": self._key[0], "conversation_id": self._key[1], "call_id": call_id,
-                "message_id": answer.message_id, "request_id": answer.request_id, "branch": answer.place.branch,
-                "first": first.place.position, "last": answer.place.position, "until": until,
-            })
+        for row in rows:
+            await self._connection.execute(ADD_MESSAGE, row)
+        await self._connection.execute(RUN, {
+            "user_id": self._key[0], "conversation_id": self._key[1], "call_id": call_id,
+            "message_id": answer.message_id, "request_id": answer.request_id, "branch": answer.place.branch,
+            "first": first.place.position, "last": answer.place.position, "until": until,
+        })
 
 
 async def _branches(connection: Connection, key: Key) -> dict[int, Branch]:

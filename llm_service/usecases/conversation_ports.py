@@ -33,8 +33,9 @@ class OpenTurn(Protocol):
         """What runs there has no sign of life: its process died before it wrote anything else."""
         ...
 
-    async def answer_to(self, request_id: str) -> tuple[StoredMessage, bytes] | None:
-        """The answer of an earlier request, and the request's fingerprint."""
+    @property
+    def answer(self) -> tuple[StoredMessage, bytes] | None:
+        """The answer of an earlier request with the same request_id, and that request's fingerprint."""
         ...
 
     async def message(self, message_id: UUID) -> StoredMessage | None: ...
@@ -97,7 +98,9 @@ class ConversationStore(AbandonedTurns, Protocol):
         """Of all branches, by identity."""
         ...
 
-    def open_turn(self, user_id: str, conversation_id: UUID) -> AbstractAsyncContextManager[OpenTurn]:
+    def open_turn(
+        self, user_id: str, conversation_id: UUID, request_id: str
+    ) -> AbstractAsyncContextManager[OpenTurn]:
         """Raises ConversationNotFound."""
         ...
 

@@ -186,8 +186,10 @@ class MessageSender:
     # Before the call
 
     async def _begin(self, request: SendRequest) -> _Begun | _Answered:
-        async with self._store.open_turn(request.user_id, request.conversation_id) as opened:
-            known = await opened.answer_to(request.request_id)
+        async with self._store.open_turn(
+            request.user_id, request.conversation_id, request.request_id
+        ) as opened:
+            known = opened.answer
             if known is not None and known[1] != request.fingerprint:
                 raise IdempotencyConflict("the request_id was used before with other content")
             if known is not None and known[0].state is not MessageState.PENDING:
