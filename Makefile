@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+EXTRAS := .venv/.extras
 N ?= 200
 SECONDS ?= 600
 
@@ -18,7 +19,14 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(EXTRAS): $(STAMP) requirements.extras.lock
+	@echo "creditmesh: installing the extras (milvus, minilm) into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps -r requirements.extras.lock || { echo "creditmesh: the extras could not be installed; the lines above say why"; exit 1; }
+	@touch $@
+
 setup: $(STAMP) ## install everything into .venv from the lock file
+
+extras: $(EXTRAS) ## install the extras, too: Milvus and MiniLM, which `make test` tries
 
 run: setup ## run the mesh in the foreground, embedded parts only
 	@$(BIN)/python -m deploy.local.mesh
@@ -26,10 +34,10 @@ run: setup ## run the mesh in the foreground, embedded parts only
 run-kafka: setup ## the same with a real Kafka broker between the services
 	@$(BIN)/python -m deploy.local.mesh --kafka
 
-test: setup ## run every test, with real PostgreSQL and real Kafka
+test: extras ## run every test, with real PostgreSQL and real Kafka
 	@$(BIN)/python -m pytest
 
-test-fast: setup ## run the tests that start no process
+test-fast: extras ## run the tests that start no process
 	@$(BIN)/python -m pytest tests/unit tests/tidy
 
 model: setup ## the ledger beside a model of it, N examples (make model N=2000)
@@ -42,7 +50,7 @@ torture: setup ## kill services at random under load, N calls (make torture N=20
 soak: setup ## calls of every kind for SECONDS, memory and leftovers watched (make soak SECONDS=600)
 	@$(BIN)/python -m tests.fault.soak --seconds $(SECONDS)
 
-check: setup ## lint, types, imports, contracts, generated code
+check: extras ## lint, types, imports, contracts, generated code
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
@@ -54,14 +62,15 @@ fmt: setup ## sort imports and mend what ruff can
 gen: setup ## regenerate gen/ from protos/
 	@$(BIN)/python protos/generate.py
 
-bench: setup ## measure, and write benchmarks/RESULTS.md
+bench: extras ## measure, and write benchmarks/RESULTS.md
 	@$(BIN)/python -m benchmarks
 
 lock: ## resolve requirements.lock again
 	@$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --universal --python-version 3.11 --group dev --group local pyproject.toml -o requirements.lock --custom-compile-command "make lock"
+	@$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --universal --python-version 3.11 --group extras --extra milvus --extra minilm --constraint requirements.lock pyproject.toml -o requirements.extras.lock --custom-compile-command "make lock"
 
 clean: ## remove the virtual environment, caches and the data of `make run`
 	@rm -rf .venv .run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup run run-kafka test test-fast model torture soak check fmt gen bench lock clean
+.PHONY: help setup extras run run-kafka test test-fast model torture soak check fmt gen bench lock clean

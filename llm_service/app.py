@@ -29,7 +29,7 @@ from llm_service.storage.conversation_rows import ConversationRows
 from llm_service.storage.conversation_tasks import PostgresConversationTasks
 from llm_service.storage.conversations import PostgresConversations
 from llm_service.storage.model_registry import FollowedDirectory, PostgresModelRegistry
-from llm_service.storage.sealed_keys import KEY_BYTES, KeySealer
+from llm_service.storage.sealed_keys import KeySealer
 from llm_service.storage.tables import SCHEMA
 from llm_service.storage.user_policies import PostgresUserPolicies
 from llm_service.telemetry.call_metrics import CallMetrics
@@ -74,6 +74,7 @@ from servicekit.rpc.channel import TokenMetadata, open_channel
 from servicekit.rpc.interceptor import CallInterceptor
 from servicekit.rpc.server import HealthBoard, all_scopes, build_server
 from servicekit.rpc.validation import RequestValidator
+from servicekit.sealing import KEY_BYTES, Sealer
 from servicekit.settings import redacted
 from servicekit.telemetry.logs import EventLogger
 from servicekit.telemetry.metrics import OutboxMetrics, RpcMetrics
@@ -99,13 +100,14 @@ async def serve(settings: Settings) -> None:
         return event_id, CHARGE_REQUESTED, charges_topic, charge_requested_to_bytes(record, corrects=corrects)
 
     turns_topic = settings.kafka_topic_prefix + TURNS_TOPIC
-    by_kafka = bool(settings.kafka_bootstrap_servers)
+    by_kafka, turn_sealer = bool(settings.kafka_bootstrap_servers), Sealer(settings.turn_keys())
 
     def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
         if not (end.turn.remembers and (by_kafka or settings.memory_target)):
             return None
         key = turn_key(end.turn.user_id, by_kafka=by_kafka)
-        return key, str(end.turn.message_id), TURN_COMPLETED, turns_topic, turn_completed_to_bytes(end, record)
+        payload = turn_completed_to_bytes(end, record, turn_sealer)
+        return key, str(end.turn.message_id), TURN_COMPLETED, turns_topic, payload
 
     hold_ttl = timedelta(seconds=settings.hold_ttl_seconds)
     log.info("starting", **redacted(settings))

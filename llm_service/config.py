@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from llm_service.domain.rate_limit import Limits
 from llm_service.domain.upstream_address import Reach
-from llm_service.storage.sealed_keys import parse_secret_keys
+from servicekit.sealing import keys_of
 from servicekit.settings import Address, AddressOrOff, ServerSettings, load_settings
 
 PREFIX = "LLM"
@@ -49,18 +49,33 @@ class Settings(ServerSettings):
     memory_tls_key_file: Path | None = None
     memory_seconds: float = Field(default=0.3, gt=0, le=30)
     seal_conversations: bool = False
+    turn_key: SecretStr | None = None
+    turn_key_file: Path | None = None
     history_messages: int = Field(default=1000, ge=1, le=2000)
 
     @model_validator(mode="after")
     def _check_sealing(self) -> Settings:
         if self.seal_conversations and not (self.secret_key or self.secret_key_file):
             raise ValueError("seal_conversations: needs LLM_SECRET_KEY or LLM_SECRET_KEY_FILE")
+        if self.seal_conversations and (self.memory_target or self.kafka_bootstrap_servers) and not (
+            self.turn_key or self.turn_key_file
+        ):
+            raise ValueError(
+                "seal_conversations: needs LLM_TURN_KEY or LLM_TURN_KEY_FILE, too (memory_worker's MEMORY_TURN_KEY):"
+                " finished turns would travel in clear"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_turn_key(self) -> Settings:
+        try:
+            self.turn_keys()
+        except ValueError as error:
+            raise ValueError(f"{'turn_key' if self.turn_key else 'turn_key_file'}: {error}") from None
         return self
 
     @model_validator(mode="after")
     def _check_secret_key(self) -> Settings:
-        if self.secret_key is not None and self.secret_key_file is not None:
-            raise ValueError("secret_key: give this or the file, not both")
         try:
             self.sealing_keys()
         except ValueError as error:
@@ -69,11 +84,12 @@ class Settings(ServerSettings):
 
     def sealing_keys(self) -> list[bytes]:
         """Keys of 32 bytes that seal model keys and answers, the newest first. Raises ValueError."""
-        if self.secret_key is not None:
-            return parse_secret_keys(self.secret_key.get_secret_value())
-        if self.secret_key_file is not None and self.secret_key_file.is_file():
-            return parse_secret_keys(self.secret_key_file.read_text())
-        return []
+        return keys_of(self.secret_key, self.secret_key_file)
+
+    def turn_keys(self) -> list[bytes]:
+        """Keys that seal finished turns on their way to memory_worker; none = they travel in clear. Raises
+        ValueError."""
+        return keys_of(self.turn_key, self.turn_key_file)
 
     def user_limits(self) -> Limits:
         """Of users without a policy of their own."""

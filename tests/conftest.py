@@ -18,6 +18,7 @@ from deploy.local.postgres import Postgres
 from tests.support import ports
 from tests.support.databases import Databases
 from tests.support.mesh import Mesh
+from tests.support.milvus import Milvus
 from tests.support.upstream import Upstream
 
 FOLDERS = ("unit", "contract", "integration", "e2e", "fault", "tidy")
@@ -70,6 +71,15 @@ def upstream() -> Iterator[Upstream]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def milvus(tmp_path: Path) -> Iterator[Milvus]:
+    """A server of Milvus' protocol of this test's own."""
+    server = Milvus(tmp_path / "milvus")
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from llm_service.domain.chat import Message, TextPart
 from llm_service.usecases.ports import TurnEnd
 from metering.wire import quote_to_proto, usage_to_proto
 from servicekit.rpc.times import timestamp_to_proto
+from servicekit.sealing import Sealer
 
 TURN_COMPLETED = "chat.turn.completed"
 TURNS_TOPIC = "creditmesh.turns.v1"
@@ -44,17 +45,25 @@ def charge_requested_from_bytes(payload: bytes) -> charge_requested_pb2.ChargeRe
     return charge_requested_pb2.ChargeRequested.FromString(payload)
 
 
-def turn_completed_to_bytes(end: TurnEnd, record: CallRecord) -> bytes:
-    """What was said in a turn; texts only, each shortened."""
+def turn_completed_to_bytes(end: TurnEnd, record: CallRecord, sealer: Sealer) -> bytes:
+    """What was said in a turn; texts only, each shortened, and sealed where there is a key for that."""
     turn = end.turn
     said = [(each.message, str(each.message_id)) for each in turn.asked] + [(end.message, str(turn.message_id))]
-    return turn_completed_pb2.TurnCompleted(
-        user_id=turn.user_id, conversation_id=str(turn.conversation_id), message_id=str(turn.message_id),
+    content = turn_completed_pb2.TurnContent(
         messages=_told(said[-64:], most_bytes=MOST_TEXT_BYTES),
         context=_told([(each.message, str(each.message_id)) for each in turn.context], most_bytes=MOST_CONTEXT_BYTES),
+    )
+    event = turn_completed_pb2.TurnCompleted(
+        user_id=turn.user_id, conversation_id=str(turn.conversation_id), message_id=str(turn.message_id),
         occurred_at=timestamp_to_proto(record.ended_at or record.created_at), memory_ids=turn.memory_ids,
         call_id=str(record.call_id), traceparent=end.traceparent,
-    ).SerializeToString()
+    )
+    if sealer.can_seal:
+        event.sealed = sealer.seal(content.SerializeToString(), bound_to=f"{event.user_id}/{event.message_id}")
+    else:
+        event.messages.extend(content.messages)
+        event.context.extend(content.context)
+    return event.SerializeToString()
 
 
 def turn_key(user_id: str, *, by_kafka: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from memory_worker.app import MIGRATIONS, serve
-from memory_worker.cli import memories
+from memory_worker.cli import erasure, memories
 from memory_worker.config import PREFIX, load
 from memory_worker.storage.tables import SCHEMA
 from servicekit.cli import ServiceCommands, run_client
@@ -22,6 +22,7 @@ def main() -> None:
     service.add_to(commands)
     parser.set_defaults(run=service.serve)
     memories.add_to(commands, TARGET)
+    erasure.add_to(commands)
     arguments = parser.parse_args()
     if hasattr(arguments, "client"):
         run_client(arguments, arguments.client)

@@ -80,6 +80,8 @@ async def _erase(client: Client, arguments: argparse.Namespace) -> None:
     answer = await stub.EraseUser(request, metadata=client.metadata, timeout=client.timeout)
     rows = ", ".join(f"{count} {table}" for table, count in sorted(answer.erased.items()))
     print(f"erased of {arguments.user}: {rows}")
+    if answer.index_pending:
+        print("the vector database did not answer: its vectors of this user are removed as soon as it does")
 
 
 def add_to(commands: Any, target: str) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from memory_worker.domain.item import normalised
-from memory_worker.usecases.ports import Vector
+from memory_worker.usecases.memory_ports import Embedded, Floors, Vector
 
 DIMENSIONS = 256
 PIECE = 3
@@ -28,11 +28,13 @@ class HashedEmbedder:
     """Implements Embedder."""
 
     name = f"hashed/1:{DIMENSIONS}"
+    charges = False
+    floors = Floors(recall=0.1, retrieve=0.15)
 
     async def embed(
         self, user_id: str, texts: Sequence[str], *, request_id: str, skip_charge: bool = False
-    ) -> list[Vector]:
-        return [vector_of(text) for text in texts]
+    ) -> Embedded:
+        return Embedded([vector_of(text) for text in texts])
 
 
 def vector_of(text: str) -> Vector:

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 from creditmesh.common.v1 import billing_pb2
-from creditmesh.llm.v1 import chat_pb2, llm_service_pb2, llm_service_pb2_grpc
+from creditmesh.llm.v1 import call_pb2, chat_pb2, llm_service_pb2, llm_service_pb2_grpc
 from grpc_status import rpc_status
 
-from memory_worker.usecases.ports import ModelAnswer, ModelCallFailed, ModelQuestion, Vector
+from memory_worker.usecases.memory_ports import Embedded, Floors
+from memory_worker.usecases.ports import ModelAnswer, ModelCallFailed, ModelQuestion
 from servicekit.rpc.channel import TokenMetadata
 from servicekit.rpc.status import error_info_of
 from servicekit.telemetry import tracing
 
 SECONDS = 120.0
+COST_SECONDS = 10.0
 EMBED_SCENE = "memory.embed"
 MOST_OUTPUT_TOKENS = 1500
 _NO_CREDIT = frozenset({"INSUFFICIENT_CREDIT", "BUDGET_EXCEEDED"})
@@ -68,20 +70,36 @@ class GrpcModels:
         usage = answer.usage
         return ModelAnswer(text, usage.input_tokens + usage.output_tokens, answer.charge.credit_micros, answer.call_id)
 
+    async def cost(self, user_id: str, request_id: str) -> ModelAnswer | None:
+        request = llm_service_pb2.GetCallRequest(user_id=user_id, request_id=request_id)
+        try:
+            call = (await self._stub.GetCall(request, timeout=COST_SECONDS, metadata=self._token())).call
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return None
+            raise failure_of(error) from error
+        if call.state == call_pb2.CALL_STATE_RUNNING:
+            raise ModelCallFailed("TRANSIENT", "CALL_RUNNING")
+        tokens = call.usage.input_tokens + call.usage.output_tokens if call.HasField("charge") else 0
+        return ModelAnswer("", tokens, call.charge.credit_micros, call.call_id)
+
 
 class LlmEmbedder:
-    """Implements Embedder by the alias `embedding`. The vectors of one alias count as alike: when another model is put
-    behind it, MEMORY_EMBEDDING_VERSION is to be changed, and the items are embedded anew, uncharged."""
+    """Implements Embedder by an alias. The vectors of one alias count as alike. For another model, give it another
+    alias (MEMORY_EMBEDDING_ALIAS): the old one serves until all items have the new one's vectors. When it can only be
+    put behind the same alias, change MEMORY_EMBEDDING_VERSION, and similarity is blind until then."""
 
     def __init__(self, channel: grpc.aio.Channel, token: TokenMetadata, *, alias: str, version: str) -> None:
         self._stub = llm_service_pb2_grpc.LLMServiceStub(channel)
         self._token = token
         self._alias = alias
         self.name = f"llm:{alias}:{version}"
+        self.charges = True
+        self.floors = Floors(recall=0.3, retrieve=0.25)
 
     async def embed(
         self, user_id: str, texts: Sequence[str], *, request_id: str, skip_charge: bool = False
-    ) -> list[Vector]:
+    ) -> Embedded:
         request = llm_service_pb2.EmbedRequest(
             billing=billing_pb2.BillingContext(
                 user_id=user_id, request_id=request_id, scene=EMBED_SCENE, skip_charge=skip_charge
@@ -92,4 +110,5 @@ class LlmEmbedder:
             answer = await self._stub.Embed(request, timeout=SECONDS, metadata=self._token())
         except grpc.aio.AioRpcError as error:
             raise failure_of(error) from error
-        return [tuple(each.values) for each in sorted(answer.embeddings, key=lambda each: each.index)]
+        made = [tuple(each.values) for each in sorted(answer.embeddings, key=lambda each: each.index)]
+        return Embedded(made, answer.usage.input_tokens, answer.charge.credit_micros, answer.call_id)

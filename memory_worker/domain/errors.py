@@ -35,6 +35,12 @@ class JobNotRetryable(DomainError):
     reason = "MEMORY_JOB_NOT_RETRYABLE"
 
 
+class TurnSealed(DomainError):
+    """The turn is sealed under a key that this service does not have."""
+
+    reason = "MEMORY_TURN_SEALED"
+
+
 class DecisionNotFound(DomainError):
     """There is no such decision."""
 

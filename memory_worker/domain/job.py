@@ -35,12 +35,13 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class TurnText:
-    """What a job works on."""
+    """What a job works on. `sealed`: what was said, while nobody works on it; then the rest of it is empty."""
 
     said: tuple[Said, ...]
     context: tuple[Said, ...] = ()
     memory_ids: tuple[str, ...] = ()
     traceparent: str = ""
+    sealed: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Job:
     calls: int = 0
     tokens: int = 0
     credit_micros: int = 0
+    has_decisions: bool = True
+    """It may have decided something already, in an earlier try."""
 
 
 def wait_after(tries: int, *, draw: float) -> timedelta:

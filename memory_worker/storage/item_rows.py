@@ -9,7 +9,7 @@ from uuid import UUID
 
 from memory_worker.domain.decision import Action, Relation, Verdict
 from memory_worker.domain.item import Fact, Item, ItemStatus, MemoryType
-from memory_worker.usecases.ports import Decision
+from memory_worker.usecases.memory_ports import Decision
 
 ITEM_FIELDS = (
     "user_id", "item_id", "type", "title", "content", "confidence", "importance", "sensitivity", "is_explicit",

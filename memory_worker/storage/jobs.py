@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -59,7 +60,9 @@ WHERE (user_id, job_id) IN (
         ORDER BY user_id, occurred_at, job_id
     ) AND due_at <= now()
     ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
-) RETURNING *
+) RETURNING *, EXISTS (
+    SELECT 1 FROM decision d WHERE d.user_id = job.user_id AND d.job_id = job.job_id
+) AS has_decisions
 """
 BEAT = f"""
 UPDATE job SET due_at = now() + %(lease)s
@@ -70,6 +73,12 @@ UPDATE job SET state = %(state)s, reason = %(reason)s, owner = '', due_at = now(
     ended_at = CASE WHEN %(ends)s THEN now() END, turn = CASE WHEN %(forget)s THEN NULL ELSE turn END,
     generation = generation + %(generation)s
 WHERE user_id = %(user_id)s AND job_id = %(job_id)s AND owner = %(owner)s AND state = {JobState.RUNNING:d}
+    AND NOT (%(ends)s AND EXISTS (
+        SELECT 1 FROM model_answer a WHERE a.user_id = %(user_id)s AND a.job_id = %(job_id)s AND a.answered_at IS NULL
+    ))
+"""
+UNANSWERED = """
+SELECT call_key FROM model_answer WHERE user_id = %s AND job_id = %s AND answered_at IS NULL ORDER BY call_key
 """
 GET = "SELECT * FROM job WHERE job_id = %(job_id)s AND (%(user_id)s = '' OR user_id = %(user_id)s)"
 LIST = """
@@ -83,18 +92,27 @@ UPDATE job SET state = {JobState.QUEUED:d}, tries = 0, reason = '', due_at = now
 WHERE job_id = %s AND state IN ({JobState.DEAD:d}, {JobState.WAITING_FOR_CREDIT:d}, {JobState.QUEUED:d})
 RETURNING *
 """
-FIND_ANSWER = "SELECT answer, tokens, credit_micros, call_id FROM model_answer WHERE user_id = %s AND call_key = %s"
 # Only while there is such a job: nothing is written of a user who is erased meanwhile.
+BEGIN_ANSWER = """
+WITH asked AS (
+    INSERT INTO model_answer (user_id, call_key, job_id, stage, answer, tokens, credit_micros, call_id)
+    SELECT user_id, %(key)s, job_id, %(stage)s, '', 0, 0, '' FROM job
+    WHERE user_id = %(user_id)s AND job_id = %(job_id)s FOR KEY SHARE
+    ON CONFLICT DO NOTHING
+)
+SELECT answer, tokens, credit_micros, call_id FROM model_answer
+WHERE user_id = %(user_id)s AND call_key = %(key)s AND answered_at IS NOT NULL
+"""
 KEEP_ANSWER = """
 WITH kept AS (
-    INSERT INTO model_answer (user_id, call_key, job_id, stage, answer, tokens, credit_micros, call_id, answered_at)
-    SELECT user_id, %(key)s, job_id, %(stage)s, %(answer)s, %(tokens)s, %(micros)s, %(call_id)s, now()
-    FROM job WHERE user_id = %(user_id)s AND job_id = %(job_id)s FOR UPDATE
-    ON CONFLICT DO NOTHING RETURNING user_id
+    UPDATE model_answer SET answer = %(answer)s, tokens = %(tokens)s, credit_micros = %(micros)s,
+        call_id = %(call_id)s, answered_at = now()
+    WHERE user_id = %(user_id)s AND call_key = %(key)s AND answered_at IS NULL RETURNING user_id
 )
 UPDATE job SET calls = calls + 1, tokens = tokens + %(tokens)s, credit_micros = credit_micros + %(micros)s
 FROM kept WHERE job.user_id = kept.user_id AND job.job_id = %(job_id)s
 """
+FORGET_ANSWER = "DELETE FROM model_answer WHERE user_id = %s AND call_key = %s AND answered_at IS NULL"
 WINDOW = 20
 
 
@@ -143,7 +161,7 @@ class PostgresJobs:
     async def finish(
         self, job: Job, owner: str, state: JobState, *, reason: str = "", next_try_in: timedelta | None = None,
         new_generation: bool = False,
-    ) -> None:
+    ) -> bool:
         async with self._database.connection() as connection:
             done = await connection.execute(FINISH, {
                 "state": int(state), "reason": reason[:200], "wait": next_try_in, "owner": owner,
@@ -151,7 +169,10 @@ class PostgresJobs:
                 "user_id": job.user_id, "job_id": job.job_id, "generation": int(new_generation),
             })
         if done.rowcount != 1:
+            if await self.unanswered(job):
+                return False
             raise LeaseLost
+        return True
 
     async def get(self, job_id: UUID, user_id: str) -> Job | None:
         async with self._database.connection() as connection:
@@ -173,24 +194,34 @@ class PostgresJobs:
             row = await (await cursor.execute(RETRY, (job_id,))).fetchone()
         return job_from_row(row) if row else None
 
-    async def find(self, user_id: str, key: str) -> ModelAnswer | None:
+    async def begin(self, job: Job, key: str, stage: str) -> ModelAnswer | None:
+        arguments = {"user_id": job.user_id, "key": key, "job_id": job.job_id, "stage": stage}
         async with self._database.connection() as connection:
-            row = await (await connection.execute(FIND_ANSWER, (user_id, key))).fetchone()
+            row = await (await connection.execute(BEGIN_ANSWER, arguments)).fetchone()
         return ModelAnswer(*row) if row else None
 
-    async def keep(self, job: Job, key: str, stage: str, answer: ModelAnswer) -> None:
+    async def keep(self, job: Job, key: str, answer: ModelAnswer) -> None:
         async with self._database.connection() as connection:
             await connection.execute(KEEP_ANSWER, {
-                "user_id": job.user_id, "key": key, "job_id": job.job_id, "stage": stage, "answer": answer.text,
+                "user_id": job.user_id, "key": key, "job_id": job.job_id, "answer": answer.text,
                 "tokens": answer.tokens, "micros": answer.credit_micros, "call_id": answer.call_id,
             })
+
+    async def unanswered(self, job: Job) -> list[str]:
+        async with self._database.connection() as connection:
+            rows = await (await connection.execute(UNANSWERED, (job.user_id, job.job_id))).fetchall()
+        return [key for (key,) in rows]
+
+    async def forget(self, job: Job, key: str) -> None:
+        async with self._database.connection() as connection:
+            await connection.execute(FORGET_ANSWER, (job.user_id, key))
 
 
 def turn_to_json(text: TurnText) -> dict[str, Any]:
     return {
         "said": [[each.role, each.text] for each in text.said],
         "context": [[each.role, each.text] for each in text.context], "memory_ids": list(text.memory_ids),
-        "traceparent": text.traceparent,
+        "traceparent": text.traceparent, "sealed": base64.b64encode(text.sealed).decode(),
     }
 
 
@@ -199,7 +230,7 @@ def turn_from_json(value: dict[str, Any] | None) -> TurnText:
         return TurnText(())
     return TurnText(
         tuple(Said(*each) for each in value["said"]), tuple(Said(*each) for each in value["context"]),
-        tuple(value["memory_ids"]), value["traceparent"],
+        tuple(value["memory_ids"]), value["traceparent"], base64.b64decode(value.get("sealed", "")),
     )
 
 
@@ -211,5 +242,5 @@ def job_from_row(row: dict[str, Any]) -> Job:
         created_at=row["created_at"], turn=turn_from_json(row["turn"]), reason=row["reason"],
         next_try_at=row["due_at"] if state in (JobState.QUEUED, JobState.WAITING_FOR_CREDIT) else None,
         ended_at=row["ended_at"], generation=row["generation"], calls=row["calls"], tokens=row["tokens"],
-        credit_micros=row["credit_micros"],
+        credit_micros=row["credit_micros"], has_decisions=row.get("has_decisions", True),
     )

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Double,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -23,6 +24,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.types import UserDefinedType
 
+from servicekit.db.leases import lease_table
 from servicekit.kafka.offsets import offset_table
 
 SCHEMA = "memory"
@@ -31,8 +33,7 @@ TIME = DateTime(timezone=True)
 
 
 class Vector(UserDefinedType[Any]):
-    """pgvector's type, of any length: vectors of different embedders stand beside each other while one replaces the
-    other."""
+    """pgvector's type, of any length: vectors of different embedders stand beside each other."""
 
     cache_ok = True
 
@@ -66,8 +67,6 @@ item = Table(
     Column("message_id", Text, nullable=False),
     Column("job_id", Uuid),
     Column("confirmations", Integer, nullable=False),
-    Column("embedder", Text, nullable=False),
-    Column("embedding", Vector),
     Column("idempotency_key", Text),
 )
 Index(
@@ -75,6 +74,48 @@ Index(
 )
 Index("item_key", item.c.user_id, item.c.idempotency_key, unique=True)
 Index("item_expiry", item.c.expires_at, postgresql_where=item.c.status == 1)
+Index(
+    "item_constraints", item.c.user_id, item.c.importance.desc(), item.c.updated_at.desc(), item.c.item_id,
+    postgresql_where=(item.c.type == 2) & (item.c.status == 1),
+)
+Index("item_by_id", item.c.item_id)  # for what a vector database has, which is not told of users
+Index("item_ended", item.c.updated_at, postgresql_where=item.c.status != 1)
+
+# The vector of an item's content, one for each embedder; `version` is that of the item when it was made, or when what
+# a vector database is told beside it (the type) changed. What a search filters by stands here, too, so that it reads
+# no items but those that it finds.
+embedding = Table(
+    "embedding", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("embedder", Text, primary_key=True),
+    Column("item_id", Uuid, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("is_active", Boolean, nullable=False),
+    Column("type", SmallInteger, nullable=False),
+    Column("sensitivity", SmallInteger, nullable=False),
+    Column("expires_at", TIME),
+    Column("vector", Vector, nullable=False),
+)
+
+# Which embedder's vectors are compared (1), which one's are being made (2), whose are to be removed (3).
+embedder = Table(
+    "embedder", METADATA,
+    Column("name", Text, primary_key=True),
+    Column("state", SmallInteger, nullable=False),
+    Column("since", TIME, nullable=False),
+)
+Index("embedder_once", embedder.c.state, unique=True, postgresql_where=embedder.c.state < 3)
+
+# Items whose state a vector database is still to be told; written with the change itself. `change` rises with each, so
+# that what changed while it was carried stays.
+index_change = Table(
+    "index_change", METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("item_id", Uuid, primary_key=True),
+    Column("change", BigInteger, Identity(), nullable=False),
+    Column("due_at", TIME, nullable=False),
+)
+Index("index_change_due", index_change.c.due_at)
 
 # Every version of every item: what it was from recorded_at to closed_at.
 item_version = Table(
@@ -140,6 +181,7 @@ Index("job_by_turn", job.c.user_id, job.c.message_id, unique=True)
 Index("job_by_id", job.c.job_id)
 Index("job_open", job.c.user_id, postgresql_where=job.c.due_at.is_not(None))
 Index("job_due", job.c.due_at, postgresql_where=job.c.due_at.is_not(None))
+Index("job_ended", job.c.ended_at, postgresql_where=job.c.ended_at.is_not(None))
 
 model_answer = Table(
     "model_answer", METADATA,
@@ -151,9 +193,13 @@ model_answer = Table(
     Column("tokens", BigInteger, nullable=False),
     Column("credit_micros", BigInteger, nullable=False),
     Column("call_id", Text, nullable=False),
-    Column("answered_at", TIME, nullable=False),
+    Column("answered_at", TIME),
 )
 Index("model_answer_by_age", model_answer.c.answered_at)
+Index(
+    "model_answer_open", model_answer.c.user_id, model_answer.c.job_id,
+    postgresql_where=model_answer.c.answered_at.is_(None),
+)
 
 user_settings = Table(
     "user_settings", METADATA,
@@ -171,3 +217,4 @@ erased_user = Table(
 )
 
 offset_table(METADATA)
+lease_table(METADATA)

@@ -14,9 +14,12 @@ from creditmesh.memory.v1 import memory_service_pb2_grpc
 from memory_worker.domain.errors import ItemNotFound
 from memory_worker.domain.item import ItemStatus, MemoryType
 from memory_worker.domain.job import JobState
+from memory_worker.usecases.embedding import Embedders
 from memory_worker.usecases.manage_items import ItemKeeper
-from memory_worker.usecases.ports import Embedder, JobQueue, MemoryStore
+from memory_worker.usecases.memory_ports import DecisionStore, IndexAway, ItemStore, Upkeep
+from memory_worker.usecases.ports import JobQueue
 from memory_worker.usecases.retrieve import Query, Retriever
+from memory_worker.usecases.vector_index import IndexKeeper
 from memory_worker.wire.memories import (
     audit_to_proto,
     changes_from_proto,
@@ -28,9 +31,9 @@ from memory_worker.wire.memories import (
     settings_from_proto,
     settings_to_proto,
 )
-from memory_worker.wire.turns import turn_from_proto
+from memory_worker.wire.turns import TurnReader, UndecodableTurn
 from servicekit.core.clock import Clock
-from servicekit.core.errors import InvalidField
+from servicekit.core.errors import DependencyUnavailable, InvalidField
 from servicekit.core.ids import IdSource
 from servicekit.core.page_token import decode_page_token, decode_time_token, encode_page_token
 from servicekit.rpc.call_info import current_call
@@ -46,10 +49,14 @@ class MemoryParts:
     """What the servicer works with."""
 
     jobs: JobQueue
-    memories: MemoryStore
+    turns: TurnReader
+    items: ItemStore
+    decisions: DecisionStore
+    upkeep: Upkeep
+    embedders: Embedders
+    index: IndexKeeper | None
     keeper: ItemKeeper
     retriever: Retriever
-    embedder: Embedder
     wake: Callable[[], None]
     clock: Clock
     ids: IdSource
@@ -65,7 +72,11 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
 
     async def SubmitTurns(self, request: pb.SubmitTurnsRequest, context: Context) -> pb.SubmitTurnsResponse:
         now = self._parts.clock.now()
-        results = await self._parts.jobs.submit([turn_from_proto(each, now=now) for each in request.turns])
+        try:
+            turns = [self._parts.turns.turn_of(each, now=now) for each in request.turns]
+        except UndecodableTurn as error:
+            raise InvalidField.of("turns", str(error)) from None
+        results = await self._parts.jobs.submit(turns)
         self._parts.wake()
         return pb.SubmitTurnsResponse(results=[
             pb.SubmittedTurn(job_id=str(job_id or ""), duplicate=known) for job_id, known in results
@@ -73,7 +84,7 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         job = await self._parts.keeper.job(UUID(request.job_id), request.user_id)
-        decisions = await self._parts.memories.decisions_of(job.user_id, job.job_id)
+        decisions = await self._parts.decisions.decisions_of(job.user_id, job.job_id)
         return pb.GetJobResponse(job=job_to_proto(job, decisions))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
@@ -103,7 +114,9 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
             timestamp_from_proto(request.as_of, field="as_of") if request.HasField("as_of") else None,
             request_id=f"memory:retrieve:{self._parts.ids.new_id()}",
         ))
-        return pb.RetrieveResponse(items=[retrieved_to_proto(each, explain=request.explain) for each in found])
+        return pb.RetrieveResponse(
+            items=[retrieved_to_proto(each, explain=request.explain) for each in found.items], degraded=found.degraded
+        )
 
     async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         moment = timestamp_from_proto(request.as_of, field="as_of") if request.HasField("as_of") else None
@@ -111,11 +124,11 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
         before, size = _before(request.page_token, question), request.page_size or DEFAULT_PAGE_SIZE
         kind = MemoryType(request.type) if request.type else None
         if moment is not None:
-            found = await self._parts.memories.items_as_of(
+            found = await self._parts.items.items_as_of(
                 request.user_id, moment, kind=kind, before=before, limit=size + 1
             )
         else:
-            found = await self._parts.memories.items(
+            found = await self._parts.items.items(
                 request.user_id, status=ItemStatus(request.status or ItemStatus.ACTIVE), kind=kind, before=before,
                 limit=size + 1,
             )
@@ -124,7 +137,7 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
 
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:
         moment = timestamp_from_proto(request.as_of, field="as_of") if request.HasField("as_of") else None
-        found = await self._parts.memories.item(request.user_id, UUID(request.item_id), as_of=moment)
+        found = await self._parts.items.item(request.user_id, UUID(request.item_id), as_of=moment)
         if found is None:
             raise ItemNotFound("there is no such memory")
         return pb.GetItemResponse(item=item_to_proto(found))
@@ -158,7 +171,7 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
         return pb.DeleteItemResponse(item=item_to_proto(deleted))
 
     async def RestoreItem(self, request: pb.RestoreItemRequest, context: Context) -> pb.RestoreItemResponse:
-        restored = await self._parts.memories.restore(
+        restored = await self._parts.items.restore(
             request.user_id, UUID(request.item_id), actor=current_call().principal.name
         )
         return pb.RestoreItemResponse(item=item_to_proto(restored))
@@ -171,7 +184,7 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
             item_id, _, version = key[1].partition("/")
             before = (key[0], _uuid_of(item_id, "page_token"), int(version or 0))
         size = request.page_size or DEFAULT_PAGE_SIZE
-        found = await self._parts.memories.audit(
+        found = await self._parts.items.audit(
             request.user_id, item_id=UUID(request.item_id) if request.item_id else None, before=before, limit=size + 1
         )
         token = ""
@@ -194,20 +207,41 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
     # Users
 
     async def GetSettings(self, request: pb.GetSettingsRequest, context: Context) -> pb.GetSettingsResponse:
-        return pb.GetSettingsResponse(settings=settings_to_proto(await self._parts.memories.settings(request.user_id)))
+        return pb.GetSettingsResponse(settings=settings_to_proto(await self._parts.items.settings(request.user_id)))
 
     async def UpdateSettings(self, request: pb.UpdateSettingsRequest, context: Context) -> pb.UpdateSettingsResponse:
         settings = settings_from_proto(request.settings)
-        await self._parts.memories.set_settings(settings)
+        await self._parts.items.set_settings(settings)
         return pb.UpdateSettingsResponse(settings=settings_to_proto(settings))
 
     async def EraseUser(self, request: pb.EraseUserRequest, context: Context) -> pb.EraseUserResponse:
-        erased = await self._parts.memories.erase(request.user_id)
-        return pb.EraseUserResponse(erased=erased, erased_at=timestamp_to_proto(self._parts.clock.now()))
+        erased = await self._parts.items.erase(request.user_id)
+        index = self._parts.index
+        return pb.EraseUserResponse(
+            erased=erased, erased_at=timestamp_to_proto(self._parts.clock.now()),
+            index_pending=index is not None and not await index.forget(request.user_id),
+        )
 
     async def GetIndexStatus(self, request: pb.GetIndexStatusRequest, context: Context) -> pb.GetIndexStatusResponse:
-        items, indexed = await self._parts.memories.index_status(self._parts.embedder.name)
-        return pb.GetIndexStatusResponse(items=items, indexed=indexed, embedder=self._parts.embedder.name)
+        embedders, index = self._parts.embedders, self._parts.index
+        if request.compare and index is not None:
+            try:
+                await index.compare()
+            except IndexAway as away:
+                raise DependencyUnavailable(f"the vector database ({away})") from away
+        status = await self._parts.upkeep.index_status(embedders.serving.name)
+        filling, drift = embedders.filling, index.drift if index is not None else None
+        answer = pb.GetIndexStatusResponse(
+            items=status.items, indexed=status.indexed, embedder=embedders.serving.name,
+            filling=filling.name if filling is not None else "", waiting=status.waiting,
+            index=pb.VECTOR_INDEX_PGVECTOR if index is None else pb.VECTOR_INDEX_MILVUS,
+        )
+        if drift is not None:
+            answer.drift.CopyFrom(pb.IndexDrift(
+                missing=drift.missing, stale=drift.stale, orphaned=drift.orphaned,
+                compared_at=timestamp_to_proto(drift.at),
+            ))
+        return answer
 
 
 def _before(token: str, question: tuple[object, ...]) -> UUID | None:

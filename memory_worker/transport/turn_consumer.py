@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memory_worker.domain.errors import TurnSealed
 from memory_worker.usecases.ports import JobQueue, Turn
-from memory_worker.wire.turns import UndecodableTurn, turn_event_from_bytes, turn_from_proto
+from memory_worker.wire.turns import TurnReader, UndecodableTurn, turn_event_from_bytes
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable, DomainError
 from servicekit.kafka.consumer import Batch, KafkaRecord
@@ -20,10 +21,11 @@ class TurnConsumer:
     """Turns batches of records into jobs."""
 
     def __init__(
-        self, jobs: JobQueue, dead_letters: KafkaProducer, *, dead_letters_topic: str, validator: RequestValidator,
-        clock: Clock, wake: Callable[[], None],
+        self, jobs: JobQueue, reader: TurnReader, dead_letters: KafkaProducer, *, dead_letters_topic: str,
+        validator: RequestValidator, clock: Clock, wake: Callable[[], None],
     ) -> None:
         self._jobs = jobs
+        self._reader = reader
         self._dead_letters = dead_letters
         self._topic = dead_letters_topic
         self._validator = validator
@@ -37,6 +39,8 @@ class TurnConsumer:
         for record in batch.records:
             try:
                 turns.append(self._turn_of(record))
+            except TurnSealed:
+                raise  # a key is missing here: nothing is wrong with the turn, which waits for it
             except (UndecodableTurn, DomainError) as error:
                 log.error("turn_undecodable", reason=str(error), topic=record.topic, partition=record.partition,
                           offset=record.offset)
@@ -55,4 +59,4 @@ class TurnConsumer:
     def _turn_of(self, record: KafkaRecord) -> Turn:
         event = turn_event_from_bytes(record.value)
         self._validator.check(event)
-        return turn_from_proto(event, now=self._clock.now())
+        return self._reader.turn_of(event, now=self._clock.now())

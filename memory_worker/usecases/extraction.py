@@ -10,7 +10,8 @@ from memory_worker.domain.decision import Relation, Verdict
 from memory_worker.domain.detectors import check
 from memory_worker.domain.item import MOST_CONTENT, MOST_TITLE, Fact, Item, MemoryType, normalised, one_line, title_of
 from memory_worker.domain.job import Job, Said
-from memory_worker.usecases.ports import Policy, UserSettings
+from memory_worker.usecases.memory_ports import UserSettings
+from memory_worker.usecases.ports import Policy
 
 EXTRACT_ALIAS, COMPARE_ALIAS = "memory_extract", "memory_decision_compare"
 EXTRACT_SCENE, COMPARE_SCENE = "memory.extract", "memory.compare"

@@ -21,15 +21,9 @@ from memory_worker.domain.item import (
     title_of,
 )
 from memory_worker.domain.job import Job
-from memory_worker.usecases.ports import (
-    Decision,
-    Embedder,
-    JobQueue,
-    MemoryStore,
-    ModelCallFailed,
-    Policy,
-    Vector,
-)
+from memory_worker.usecases.embedding import Embedders
+from memory_worker.usecases.memory_ports import Decision, DecisionStore, ItemStore, Vectors
+from memory_worker.usecases.ports import JobQueue, ModelCallFailed, Policy
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable, InvalidField
 from servicekit.core.ids import IdSource
@@ -56,11 +50,13 @@ class ItemKeeper:
     """Writes memories by hand, and explains them."""
 
     def __init__(
-        self, memories: MemoryStore, jobs: JobQueue, embedder: Embedder, *, policy: Policy, clock: Clock, ids: IdSource
+        self, items: ItemStore, decisions: DecisionStore, jobs: JobQueue, embedders: Embedders, *, policy: Policy,
+        clock: Clock, ids: IdSource,
     ) -> None:
-        self._memories = memories
+        self._items = items
+        self._decisions = decisions
         self._jobs = jobs
-        self._embedder = embedder
+        self._embedders = embedders
         self._policy = policy
         self._clock = clock
         self._ids = ids
@@ -78,37 +74,35 @@ class ItemKeeper:
             sensitivity=max(sensitivity, int(personal)), is_explicit=True, status=ItemStatus.ACTIVE, version=1,
             valid_from=now, valid_to=None, expires_at=expiry_of(kind, now), created_at=now, updated_at=now,
         )
-        vector = await self._vector(user_id, text)
-        return await self._memories.create(
-            item, vector, self._embedder.name, actor=actor, idempotency_key=idempotency_key
-        )
+        vectors = await self._vectors(user_id, text)
+        return await self._items.create(item, vectors, actor=actor, idempotency_key=idempotency_key)
 
     async def update(
         self, user_id: str, item_id: UUID, changes: Mapping[str, Any], *, version: int | None, actor: str
     ) -> Item:
         changes = dict(changes)
-        vector: Vector = ()
+        vectors: Vectors = {}
         if "content" in changes:
             changes["content"], personal = self._checked(changes["content"], "item.content")
             if personal:
                 current = await self.get(user_id, item_id)
                 changes["sensitivity"] = max(1, changes.get("sensitivity", current.sensitivity))
-            vector = await self._vector(user_id, changes["content"])
+            vectors = await self._vectors(user_id, changes["content"])
             changes.setdefault("title", "")
         if "title" in changes:
             text = changes.get("content") or (await self.get(user_id, item_id)).content
             changes["title"] = title_of(self._checked_title(changes["title"]), text)
-        return await self._memories.change(
-            user_id, item_id, changes, vector, self._embedder.name, actor=actor, operation="updated", version=version
+        return await self._items.change(
+            user_id, item_id, changes, vectors, actor=actor, operation="updated", version=version
         )
 
     async def delete(self, user_id: str, item_id: UUID, *, actor: str) -> Item:
-        return await self._memories.change(
-            user_id, item_id, {"status": ItemStatus.DELETED}, (), "", actor=actor, operation="deleted", version=None
+        return await self._items.change(
+            user_id, item_id, {"status": ItemStatus.DELETED}, {}, actor=actor, operation="deleted", version=None
         )
 
     async def get(self, user_id: str, item_id: UUID) -> Item:
-        found = await self._memories.item(user_id, item_id)
+        found = await self._items.item(user_id, item_id)
         if found is None:
             raise ItemNotFound("there is no such memory")
         return found
@@ -116,9 +110,9 @@ class ItemKeeper:
     async def explain(self, user_id: str, *, decision_id: UUID | None, item_id: UUID | None) -> tuple[Decision, str]:
         decision = None
         if decision_id is not None:
-            decision = await self._memories.decision(user_id, decision_id)
+            decision = await self._decisions.decision(user_id, decision_id)
         elif item_id is not None:
-            decision = await self._memories.decision_about(user_id, item_id)
+            decision = await self._decisions.decision_about(user_id, item_id)
         if decision is None:
             raise DecisionNotFound("there is no such decision; what was written by hand has none")
         return decision, explanation_of(decision)
@@ -127,7 +121,7 @@ class ItemKeeper:
         """From what was seen then; nothing is asked and nothing is written."""
         job = await self.job(job_id, "")
         replayed = []
-        for each in await self._memories.decisions_of(job.user_id, job_id):
+        for each in await self._decisions.decisions_of(job.user_id, job_id):
             if each.reason != "COMPARED":
                 replayed.append(Replayed(each, Plan(each.action), same=True))
                 continue
@@ -163,9 +157,9 @@ class ItemKeeper:
             raise ContentRefused("the title holds a secret, which is not kept", kind=str(checked.refused))
         return checked.text
 
-    async def _vector(self, user_id: str, text: str) -> Vector:
+    async def _vectors(self, user_id: str, text: str) -> Vectors:
         try:
-            return (await self._embedder.embed(user_id, [text], request_id=f"memory:item:{self._ids.new_id()}"))[0]
+            return await self._embedders.vectors(user_id, text, lambda _: f"memory:item:{self._ids.new_id()}")
         except ModelCallFailed as failure:
             raise DependencyUnavailable(f"the embedder ({failure.reason})") from failure
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from memory_worker.domain.item import Item, ItemStatus, MemoryType
+from memory_worker.domain.item import Item, MemoryType
 from memory_worker.domain.ranking import MOST_PINNED, Ranked, choose, rank
-from memory_worker.usecases.ports import Embedder, MemoryStore, ModelCallFailed, Policy, Vector
+from memory_worker.usecases.embedding import Embedders
+from memory_worker.usecases.memory_ports import ItemStore, Looking, Outlook, Vector
+from memory_worker.usecases.ports import ModelCallFailed, Policy
+from memory_worker.usecases.vector_index import IndexSearch
 from servicekit.core.clock import Clock
 from servicekit.core.errors import DependencyUnavailable
 
@@ -30,58 +33,86 @@ class Query:
     request_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What was found, pinned first. `degraded`: by comparing with each of the user's own, because the vector database
+    did not answer or lacked some."""
+
+    items: list[Ranked]
+    degraded: bool = False
+
+
 class Retriever:
     """Asks for memories; honours what the user allows."""
 
-    def __init__(self, memories: MemoryStore, embedder: Embedder, *, policy: Policy, clock: Clock) -> None:
+    def __init__(
+        self, memories: ItemStore, embedders: Embedders, search: IndexSearch, *, policy: Policy, clock: Clock
+    ) -> None:
         self._memories = memories
-        self._embedder = embedder
+        self._embedders = embedders
+        self._search = search
         self._policy = policy
         self._clock = clock
 
-    async def retrieve(self, query: Query) -> list[Ranked]:
+    async def retrieve(self, query: Query) -> Retrieved:
         """Raises DependencyUnavailable. Nothing is better than what does not fit."""
-        settings = await self._memories.settings(query.user_id)
-        if not settings.memory_enabled:
-            return []
-        types = query.types or tuple(MemoryType)
-        now = query.as_of or self._clock.now()
+        limit = query.limit or DEFAULT_LIMIT
         vector = await self._vector(query) if query.text.strip() else ()
         if query.as_of is not None:
-            then = await self._memories.items_as_of(
-                query.user_id, query.as_of, kind=None, before=None, limit=MOST_AS_OF
-            )
-            near = await self._memories.similarities(
-                query.user_id, vector, self._embedder.name, [item.item_id for item in then]
-            ) if vector else {}
-            found = [
-                (item, near[item.item_id]) for item in then
-                if near.get(item.item_id, -1.0) >= self._policy.retrieve_floor
-            ]
-            constraints = [item for item in then if item.type is MemoryType.CONSTRAINT]
+            outlook = await self._as_of(query, query.as_of, vector)
         else:
-            found = await self._memories.similar(
-                query.user_id, vector, self._embedder.name, types=types, floor=self._policy.retrieve_floor,
-                most=min(MOST_FETCHED, OVERFETCH * (query.limit or DEFAULT_LIMIT)),
-            ) if vector else []
-            constraints = await self._memories.constraints(query.user_id, most=MOST_PINNED)
-        allowed = [0, 1, 2] if settings.sensitive_enabled else [0]
-
-        def may(item: Item) -> bool:
-            return item.sensitivity in allowed and item.type in types and item.status is ItemStatus.ACTIVE
-
-        scores = {item.item_id: score for item, score in found}
+            outlook = await self._now(query, vector, limit)
+        now = query.as_of or self._clock.now()
+        scores = {item.item_id: score for item, score in outlook.near}
         pinned = [
             Ranked(each.item, each.score, each.parts, pinned=True) for each in (
-                rank(item, scores.get(item.item_id, 0.0), now=now) for item in constraints if may(item)
+                rank(item, scores.get(item.item_id, 0.0), now=now) for item in outlook.constraints
             )
         ]
         pins = {each.item.item_id for each in pinned}
-        ranked = [rank(item, score, now=now) for item, score in found if may(item) and item.item_id not in pins]
-        return choose(pinned, ranked, limit=query.limit or DEFAULT_LIMIT, token_budget=query.token_budget)
+        ranked = [rank(item, score, now=now) for item, score in outlook.near if item.item_id not in pins]
+        return Retrieved(
+            choose(pinned, ranked, limit=limit, token_budget=query.token_budget),
+            degraded=self._search.used and outlook.scanned and bool(vector) and query.as_of is None,
+        )
+
+    async def _now(self, query: Query, vector: Vector, limit: int) -> Outlook:
+        types, most = query.types or tuple(MemoryType), min(MOST_FETCHED, OVERFETCH * limit)
+        looking: Looking | None = None
+        if vector:
+            embedder = self._embedders.serving.name
+            looking = Looking(vector, embedder, await self._search.near(
+                embedder, query.user_id, vector, types=types, most=most
+            ))
+        return await self._memories.look(
+            query.user_id, looking, types=types, most=most, floor=self._floor, most_constraints=MOST_PINNED
+        )
+
+    @property
+    def _floor(self) -> float:
+        given = self._policy.retrieve_floor
+        return self._embedders.serving.floors.retrieve if given is None else given
+
+    async def _as_of(self, query: Query, moment: datetime, vector: Vector) -> Outlook:
+        settings = await self._memories.settings(query.user_id)
+        if not settings.memory_enabled:
+            return Outlook(settings, (), ())
+        types = query.types or tuple(MemoryType)
+        then = [
+            item for item in await self._memories.items_as_of(
+                query.user_id, moment, kind=None, before=None, limit=MOST_AS_OF
+            ) if item.type in types and item.sensitivity <= settings.most_sensitive
+        ]
+        near = await self._memories.similarities(
+            query.user_id, vector, self._embedders.serving.name, [item.item_id for item in then]
+        ) if vector else {}
+        found: list[tuple[Item, float]] = [
+            (item, near[item.item_id]) for item in then if near.get(item.item_id, -1.0) >= self._floor
+        ]
+        return Outlook(settings, tuple(found), tuple(item for item in then if item.type is MemoryType.CONSTRAINT))
 
     async def _vector(self, query: Query) -> Vector:
         try:
-            return (await self._embedder.embed(query.user_id, [query.text], request_id=query.request_id))[0]
+            return await self._embedders.vector(query.user_id, query.text, lambda _: query.request_id)
         except ModelCallFailed as failure:
             raise DependencyUnavailable(f"the embedder ({failure.reason})") from failure

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from memory_worker.domain.decision import (
     CONSEQUENTIAL,
@@ -25,6 +26,7 @@ from memory_worker.domain.decision import (
 )
 from memory_worker.domain.item import Fact, Item
 from memory_worker.domain.job import CREDIT_WAIT, MOST_TRIES, Job, JobState, call_key, wait_after
+from memory_worker.usecases.embedding import Embedders
 from memory_worker.usecases.extraction import (
     COMPARE_ALIAS,
     COMPARE_INSTRUCTIONS,
@@ -43,21 +45,27 @@ from memory_worker.usecases.extraction import (
     facts_in,
     verdicts_in,
 )
+from memory_worker.usecases.memory_ports import (
+    DecisionStore,
+    ItemStore,
+    Looking,
+    MemoriesChanged,
+    Outcome,
+    Recall,
+    Vector,
+    Vectors,
+)
 from memory_worker.usecases.ports import (
     AnswerJournal,
-    Embedder,
     JobQueue,
     LeaseLost,
-    MemoriesChanged,
-    MemoryStore,
+    ModelAnswer,
     ModelCallFailed,
     ModelQuestion,
     Models,
-    Outcome,
     Policy,
-    Recall,
-    Vector,
 )
+from memory_worker.usecases.vector_index import IndexSearch
 from servicekit.core.errors import DomainError
 from servicekit.core.faults import FaultPoint, Faults
 from servicekit.telemetry.logs import EventLogger
@@ -77,15 +85,18 @@ class JobWorker:
     """Works on jobs, `most_running` at once."""
 
     def __init__(
-        self, jobs: JobQueue, answers: AnswerJournal, memories: MemoryStore, models: Models, embedder: Embedder, *,
-        policy: Policy, owner: str, most_running: int, faults: Faults,
-        ended: Callable[[str], None] = lambda _state: None,
+        self, jobs: JobQueue, answers: AnswerJournal, items: ItemStore, decisions: DecisionStore, models: Models,
+        embedders: Embedders, search: IndexSearch, *, opened: Callable[[Job], Job], policy: Policy, owner: str,
+        most_running: int, faults: Faults, ended: Callable[[str], None] = lambda _state: None,
     ) -> None:
         self._jobs = jobs
         self._answers = answers
-        self._memories = memories
+        self._items = items
+        self._decisions = decisions
         self._models = models
-        self._embedder = embedder
+        self._embedders = embedders
+        self._search = search
+        self._opened = opened
         self._policy = policy
         self._owner = owner
         self._most_running = most_running
@@ -161,13 +172,25 @@ class JobWorker:
         """Works one job to its end, or to its next try. Raises LeaseLost, DependencyUnavailable."""
         self._faults.reach(FaultPoint.JOB_CLAIMED)
         try:
-            reason = await self._decide_all(job, owner)
+            reason = await self._decide_all(self._readable(job), owner)
         except ModelCallFailed as failure:
             await self._put_off(job, owner, failure)
             return
-        await self._jobs.finish(job, owner, JobState.DONE, reason=reason)
+        try:
+            await self._end(job, owner, JobState.DONE, reason)
+        except ModelCallFailed as failure:
+            await self._put_off(job, owner, failure)
+            return
         self._faults.reach(FaultPoint.JOB_FINISHED)
         self._ended("DONE")
+
+    def _readable(self, job: Job) -> Job:
+        try:
+            return self._opened(job)
+        except DomainError as error:
+            raise ModelCallFailed("TRANSIENT", error.reason) from error
+        except ValueError as error:
+            raise ModelCallFailed("PERMANENT", "TURN_UNREADABLE") from error
 
     async def _put_off(self, job: Job, owner: str, failure: ModelCallFailed) -> None:
         state, wait = JobState.QUEUED, wait_after(job.tries, draw=self._random.random())
@@ -175,17 +198,31 @@ class JobWorker:
             state, wait = JobState.WAITING_FOR_CREDIT, CREDIT_WAIT
         dead = failure.kind == "PERMANENT" or (failure.kind != "NO_CREDIT" and job.tries >= MOST_TRIES)
         if dead:
-            log.error("job_dead", job_id=str(job.job_id), reason=failure.reason)
-            await self._jobs.finish(job, owner, JobState.DEAD, reason=failure.reason)
-        else:
+            try:
+                await self._end(job, owner, JobState.DEAD, failure.reason)
+                log.error("job_dead", job_id=str(job.job_id), reason=failure.reason)
+            except ModelCallFailed:
+                dead = False  # what it cost is not known yet
+        if not dead:
             await self._jobs.finish(
                 job, owner, state, reason=failure.reason, next_try_in=wait, new_generation=failure.kind == "GONE"
             )
         self._ended("DEAD" if dead else state.name)
 
+    async def _end(self, job: Job, owner: str, state: JobState, reason: str) -> None:
+        """Not before it is known what every question cost, also those whose answer was not heard. Raises LeaseLost,
+        ModelCallFailed while that can not be known."""
+        while not await self._jobs.finish(job, owner, state, reason=reason):
+            for key in await self._answers.unanswered(job):
+                cost = await self._models.cost(job.user_id, key)
+                if cost is None:
+                    await self._answers.forget(job, key)
+                else:
+                    await self._answers.keep(job, key, cost)
+
     async def _decide_all(self, job: Job, owner: str) -> str:
         """Why nothing was remembered, or ""."""
-        settings = await self._memories.settings(job.user_id)
+        settings = await self._items.settings(job.user_id)
         if not settings.memory_enabled:
             return "MEMORY_OFF"
         if not any(each.role == USER_ROLE and each.text.strip() for each in job.turn.said):
@@ -195,12 +232,12 @@ class JobWorker:
             job, calls, "extract", EXTRACT_SCENE, EXTRACT_ALIAS, EXTRACT_INSTRUCTIONS, extraction_data(job),
             EXTRACT_SCHEMA, (EXTRACT_VERSION, EXTRACT_ALIAS),
         )
-        shown = await self._memories.contents_of(job.user_id, job.turn.memory_ids)
+        shown = await self._items.contents_of(job.user_id, job.turn.memory_ids)
         try:
             facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown)
         except ValueError as error:
             raise ModelCallFailed("PERMANENT", f"EXTRACTION_UNREADABLE: {error}") from None
-        decisions = await self._memories.decisions_of(job.user_id, job.job_id)
+        decisions = await self._decisions.decisions_of(job.user_id, job.job_id) if job.has_decisions else []
         decided, number = {each.fact.digest for each in decisions}, len(decisions) - 1
         for fact, objection in facts:
             if fact.digest in decided:
@@ -215,19 +252,21 @@ class JobWorker:
         return "" if facts else "NOTHING_TO_REMEMBER"
 
     async def _drop(self, job: Job, owner: str, number: int, fact: Fact, objection: str) -> None:
-        await self._memories.apply(Outcome(
+        await self._decisions.apply(Outcome(
             job, number, fact, Plan(Action.DROP), objection, (), 0, "", self._policy_version, PROMPTS
-        ), owner, self._embedder.name)
+        ), owner)
 
     async def _decide(self, job: Job, owner: str, calls: _Budget, number: int, fact: Fact) -> None:
         """Until the memories stand still between recall and writing."""
-        vector = (await self._embedder.embed(
-            job.user_id, [fact.content], request_id=call_key(job, "embed", fact.digest, self._embedder.name)
-        ))[0]
+        key = partial(_embed_key, job, fact.digest)
         for _ in range(MOST_REDECISIONS):
-            recall = await self._memories.recall(
-                job.user_id, fact, vector, self._embedder.name, most=self._policy.most_candidates,
-                floor=self._policy.floor,
+            serving = self._embedders.serving
+            floor = serving.floors.recall if self._policy.floor is None else self._policy.floor
+            vector = await self._vector(job, fact.content, key)
+            most = self._policy.most_candidates
+            near = await self._search.near(serving.name, job.user_id, vector, types=[fact.type], most=most)
+            recall = await self._decisions.recall(
+                job.user_id, fact, Looking(vector, serving.name, near), most=most, floor=floor
             )
             self._faults.reach(FaultPoint.RECALLED)
             verdicts: list[Verdict] = []
@@ -238,20 +277,37 @@ class JobWorker:
                 plan, reason = decide(self._policy.decision, verdicts), "COMPARED"
                 if plan.action is Action.RETRY:
                     raise ModelCallFailed("PERMANENT", "VERDICT_UNKNOWN")
-            merged: Vector = ()
-            if plan.action is Action.MERGE:
-                merged = (await self._embedder.embed(
-                    job.user_id, [plan.merged], request_id=call_key(job, "embed", plan.merged, self._embedder.name)
-                ))[0]
+            vectors: Vectors = {}
+            merged: Vectors = {}
+            if plan.action is Action.ADD:
+                vectors = await self._embedders.vectors(job.user_id, fact.content, key, known=vector)
+            elif plan.action is Action.MERGE:
+                named = partial(_embed_key, job, plan.merged)
+                known = await self._vector(job, plan.merged, named)
+                merged = await self._embedders.vectors(job.user_id, plan.merged, named, known=known)
             try:
-                await self._memories.apply(Outcome(
-                    job, number, fact, plan, reason, tuple(verdicts), recall.revision, recall.source,
-                    self._policy_version, PROMPTS, vector=vector, merged_vector=merged,
-                ), owner, self._embedder.name)
+                await self._decisions.apply(Outcome(
+                    job, number, fact, plan, reason, tuple(verdicts), recall.revision,
+                    "scan" if recall.scanned else "index", self._policy_version, PROMPTS, vectors=vectors,
+                    merged_vectors=merged,
+                ), owner)
             except MemoriesChanged:
                 continue
             return
         raise ModelCallFailed("TRANSIENT", "MEMORIES_KEEP_CHANGING")
+
+    async def _vector(self, job: Job, text: str, key: Callable[[str], str]) -> Vector:
+        """By the embedder that serves; what it costs is the job's."""
+        serving = self._embedders.serving
+        name = key(serving.name)
+        if serving.charges:
+            await self._answers.begin(job, name, "embed")
+        made = await serving.embed(job.user_id, [text], request_id=name)
+        if serving.charges:
+            await self._answers.keep(
+                job, name, ModelAnswer("", made.tokens, made.credit_micros, made.call_id)
+            )
+        return made.vectors[0]
 
     async def _compare(self, job: Job, calls: _Budget, fact: Fact, recall: Recall) -> list[Verdict]:
         """One call for all candidates, or one for each."""
@@ -303,7 +359,7 @@ class JobWorker:
         died while it was given, was paid for and is of no use: it is journalled, and asked for under another name."""
         for again in range(MOST_CUT_ANSWERS):
             key = call_key(job, stage, *parts, again)
-            answer = await self._answers.find(job.user_id, key)
+            answer = await self._answers.begin(job, key, stage)
             if answer is None:
                 calls.take()
                 self._faults.reach(FaultPoint.BEFORE_ASKING)
@@ -312,7 +368,7 @@ class JobWorker:
                     job.turn.traceparent,
                 ))
                 self._faults.reach(FaultPoint.ANSWERED)
-                await self._answers.keep(job, key, stage, answer)
+                await self._answers.keep(job, key, answer)
                 self._faults.reach(FaultPoint.ANSWER_KEPT)
             if answer.text:
                 return answer.text
@@ -321,6 +377,10 @@ class JobWorker:
     @property
     def _policy_version(self) -> str:
         return POLICY_VERSIONS[self._policy.decision]
+
+
+def _embed_key(job: Job, text: str, embedder: str) -> str:
+    return call_key(job, "embed", text, embedder)
 
 
 class _Budget:

@@ -12,7 +12,7 @@ from memory_worker.domain.item import Fact, Item, MemoryType
 from memory_worker.domain.job import Job
 from memory_worker.domain.ranking import Ranked
 from memory_worker.usecases.manage_items import CHANGEABLE, Replayed
-from memory_worker.usecases.ports import AuditEntry, Decision, UserSettings
+from memory_worker.usecases.memory_ports import AuditEntry, Decision, UserSettings
 from servicekit.core.errors import InvalidField
 from servicekit.rpc.times import optional_timestamp_to_proto, timestamp_from_proto, timestamp_to_proto
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -25,9 +26,10 @@ from llm_service.domain.conversation import MessageState, Place, StoredMessage, 
 from llm_service.transport import servicers as llm_servicers
 from llm_service.usecases.ports import TurnEnd
 from llm_service.wire.events import TURN_COMPLETED, TURNS_TOPIC, charge_requested_to_bytes, turn_completed_to_bytes
+from memory_worker.domain.job import Job, JobState
 from memory_worker.transport import servicers as memory_servicers
 from memory_worker.wire import turns as memory_turns
-from memory_worker.wire.turns import turn_event_from_bytes, turn_from_proto
+from memory_worker.wire.turns import TurnReader, turn_event_from_bytes
 from metering.charge import Quote, Rates
 from metering.usage import Usage
 from servicekit.core.clock import SystemClock
@@ -35,6 +37,7 @@ from servicekit.core.errors import DomainError
 from servicekit.rpc.auth import unknown_scopes
 from servicekit.rpc.status import CODE_OF_REASON
 from servicekit.rpc.validation import RequestValidator
+from servicekit.sealing import Sealer
 from tokenstore_service.domain.commands import RecordCharge
 from tokenstore_service.transport import servicers as tokenstore_servicers
 from tokenstore_service.wire.charges import CHARGES_TOPIC, command_from_record
@@ -160,13 +163,40 @@ def turn_end() -> TurnEnd:
 
 
 def test_what_llm_service_says_of_a_turn_memory_worker_understands() -> None:
-    payload = turn_completed_to_bytes(turn_end(), RECORD)
+    payload = turn_completed_to_bytes(turn_end(), RECORD, Sealer([]))
     assert hashlib.sha256(payload).hexdigest() == GOLDEN_TURN
     event = turn_event_from_bytes(payload)
     RequestValidator().check(event)
-    turn = turn_from_proto(event, now=SystemClock().now())
+    turn = TurnReader(Sealer([])).turn_of(event, now=SystemClock().now())
     assert (turn.user_id, turn.message_id, turn.occurred_at) == ("alice", str(UUID(int=3)), NOW)
     assert [each.role for each in turn.text.said] == [Role.USER, Role.ASSISTANT]
     assert turn.text.said[1].text == "é" * 8192, "long texts are cut between letters"
     assert turn.text.memory_ids == ("m1",)
+    assert not event.sealed
     assert (memory_turns.TURNS_TOPIC, memory_turns.TURN_COMPLETED) == (TURNS_TOPIC, TURN_COMPLETED)
+
+
+def test_a_sealed_turn_is_read_by_who_has_the_key_and_nobody_else() -> None:
+    old, new = bytes(32), bytes([1]) * 32
+    payload = turn_completed_to_bytes(turn_end(), RECORD, Sealer([new]))
+    assert "ééé".encode() not in payload
+    event = turn_event_from_bytes(payload)
+    RequestValidator().check(event)
+    now = SystemClock().now()
+    reader = TurnReader(Sealer([old, new]))
+    turn = reader.turn_of(event, now=now)
+    assert turn.text.said == (), "it stays sealed until it is worked on"
+    job = Job(
+        user_id=turn.user_id, job_id=UUID(int=9), conversation_id="c", message_id=turn.message_id,
+        state=JobState.RUNNING, tries=1, occurred_at=now, created_at=now, turn=turn.text,
+    )
+    opened = reader.opened(job)
+    assert opened.turn.said[1].text == "é" * 8192
+    assert opened.turn.memory_ids == ("m1",)
+    with pytest.raises(memory_worker.domain.errors.TurnSealed):
+        TurnReader(Sealer([old])).turn_of(event, now=now)
+    event.message_id = "another"
+    with pytest.raises(memory_turns.UndecodableTurn):
+        reader.turn_of(event, now=now)
+    with pytest.raises(memory_turns.UndecodableTurn):
+        reader.opened(replace(job, user_id="mallory"))

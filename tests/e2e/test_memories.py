@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
+from creditmesh.events.v1 import turn_completed_pb2
 from creditmesh.llm.v1 import llm_service_pb2, model_service_pb2
 from creditmesh.memory.v1 import memory_pb2
 from creditmesh.memory.v1 import memory_service_pb2 as pb
 
+from servicekit.sealing import Sealer
 from tests.support.chat import Chat
 from tests.support.errors import facts_of, reason_of, refused
 from tests.support.load import wait_until
-from tests.support.memories import contents, items, job_of, remember, retrieve, submit, turn, worked
+from tests.support.memories import contents, index_status, items, job_of, remember, retrieve, submit, turn, worked
 from tests.support.mesh import Mesh
 from tests.support.upstream import Upstream
 
@@ -296,26 +300,160 @@ def test_memory_down_is_an_answer_without(new_mesh: Callable[..., Mesh]) -> None
     wait_until(lambda: contents(mesh, "u") == ["The user lives in Rome"], what="the memory")
 
 
-def test_after_a_change_of_the_embedder_everything_is_embedded_anew(new_mesh: Callable[..., Mesh]) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_two_tenants_at_random_with_forged_ids_never_meet(mesh: Mesh, seed: int) -> None:
+    """Beside a model of both: what one does is never seen, changed or explained by the other."""
+    chance = random.Random(seed)
+    users = (f"tenant-a-{seed}", f"tenant-b-{seed}")
+    model: dict[str, dict[str, str]] = {user: {} for user in users}
+    deleted: dict[str, dict[str, str]] = {user: {} for user in users}
+    stub = mesh.memories
+    for number in range(150):
+        user = chance.choice(users)
+        own = chance.random() < 0.6
+        owner = user if own else users[user == users[0]]
+        known = [*model[owner], *deleted[owner]]
+        item_id = chance.choice(known) if known else "00000000-0000-7000-8000-00000000000f"
+        what = chance.choice(("create", "get", "update", "delete", "restore", "explain", "audit", "retrieve", "list"))
+        may = own and bool(known)
+        try:
+            if what == "create":
+                content = f"The user likes thing number {number} of {user}"
+                item = {"user_id": user, "type": "MEMORY_TYPE_PREFERENCE", "content": content,
+                        "item_id": item_id, "conversation_id": owner, "job_id": item_id}
+                made = stub.CreateItem(pb.CreateItemRequest(item=item), timeout=10).item
+                assert made.item_id not in known, "an id is ours to give"
+                model[user][made.item_id] = content
+            elif what == "get":
+                assert stub.GetItem(pb.GetItemRequest(user_id=user, item_id=item_id), timeout=10).item.user_id == user
+                assert may
+            elif what == "update":
+                content = f"The user likes thing number {number} of {user}, changed"
+                request = pb.UpdateItemRequest(
+                    item={"user_id": user, "item_id": item_id, "content": content}, update_mask={"paths": ["content"]}
+                )
+                stub.UpdateItem(request, timeout=10)
+                assert may
+                model[user][item_id] = content
+            elif what == "delete":
+                stub.DeleteItem(pb.DeleteItemRequest(user_id=user, item_id=item_id), timeout=10)
+                assert may
+                if item_id in model[user]:
+                    deleted[user][item_id] = model[user].pop(item_id)
+            elif what == "restore":
+                stub.RestoreItem(pb.RestoreItemRequest(user_id=user, item_id=item_id), timeout=10)
+                assert may
+                if item_id in deleted[user]:
+                    model[user][item_id] = deleted[user].pop(item_id)
+            elif what == "explain":
+                stub.ExplainDecision(pb.ExplainDecisionRequest(user_id=user, item_id=item_id), timeout=10)
+                raise AssertionError("what was written by hand has no decision")
+            elif what == "audit":
+                entries = stub.ListAudit(pb.ListAuditRequest(user_id=user, item_id=item_id), timeout=10).entries
+                assert bool(entries) == may
+                assert {each.item.user_id for each in entries} <= {user}
+            elif what == "retrieve":
+                found = retrieve(mesh, user, f"what things does {owner} like?", limit=50)
+                assert {each.item.item_id for each in found} <= set(model[user])
+            else:
+                assert {each.item_id: each.content for each in items(mesh, user)} == model[user]
+        except grpc.RpcError as error:
+            assert error.code() in (Code.NOT_FOUND, Code.FAILED_PRECONDITION), error
+            assert not may or item_id in deleted[user] or what == "explain", (what, error)
+    for user in users:
+        assert {each.item_id: each.content for each in items(mesh, user)} == model[user]
+        mesh.memories.EraseUser(pb.EraseUserRequest(user_id=user), timeout=10)
+        assert items(mesh, user) == []
+        model[user].clear()
+        for other in users:
+            assert {each.item_id: each.content for each in items(mesh, other)} == model[other]
+
+
+def test_another_embedder_is_filled_in_beside_the_old_one_and_serves_at_once_when_it_is_whole(new_mesh: Callable[..., Mesh]) -> None:
     mesh = new_mesh()
     memory = mesh.start_memory()
     mesh.credit("u", CREDIT)
     remember(mesh, "u", "I like tea. I live in Rome.", "m1")
     balance = mesh.balance("u").balance_micros
 
-    def status() -> Any:
-        return mesh.memories.GetIndexStatus(pb.GetIndexStatusRequest(), timeout=10)
+    def found() -> list[str]:
+        return [each.item.content for each in retrieve(mesh, "u", "The user likes tea", limit=1)]
 
+    def vectors() -> dict[str, int]:
+        return dict(mesh.rows(mesh.memory_url, "SELECT embedder, count(*) FROM memory.embedding GROUP BY 1"))
+
+    old, new = "hashed/1:256", "llm:embedding:1"
     memory.stop()
     memory.start(MEMORY_EMBEDDER="llm")
     mesh.wait_for_memory()
-    wait_until(lambda: status().indexed == status().items == 2, what="new vectors")
-    assert status().embedder == "llm:embedding:1"
+    status = index_status(mesh)
+    assert (status.embedder, status.filling) == (old, new), "the old one serves while the new one is filled in"
+    assert found() == ["The user likes tea"]
+    item = {"user_id": "u", "type": "MEMORY_TYPE_FACT", "content": "written meanwhile"}
+    mesh.memories.CreateItem(pb.CreateItemRequest(item=item), timeout=10)
+    assert vectors()[old] == 3
+    wait_until(lambda: index_status(mesh).embedder == new, what="the switch", seconds=30)
+    assert vectors() == {old: 3, new: 3}
     mesh.wait_for_rest()
     assert mesh.balance("u").balance_micros == balance, "it is not the user who wanted that"
-    assert [each.item.content for each in retrieve(mesh, "u", "The user likes tea", limit=1)] == ["The user likes tea"]
+    assert found() == ["The user likes tea"]
     mesh.wait_for_rest()
     assert mesh.balance("u").balance_micros < balance, "a question is the user's"
+    before = {each.call_id for each in mesh.transactions("u")}
+    job = remember(mesh, "u", "I like canoes.", "m2")
+    mesh.wait_for_rest()
+    charged = [each for each in mesh.transactions("u") if each.call_id not in before]
+    assert {"memory.extract", "memory.embed"} <= {each.scene for each in charged}
+    assert (job.calls, job.credit_micros) == (len(charged), -sum(each.amount_micros for each in charged))
+    mesh.memories.DeleteItem(pb.DeleteItemRequest(user_id="u", item_id=items(mesh, "u")[0].item_id), timeout=10)
+    # Back again at once; then what no longer serves is removed, some time after.
+    memory.stop()
+    memory.start(MEMORY_EMBEDDER="hashed")
+    mesh.wait_for_memory()
+    wait_until(lambda: index_status(mesh).embedder == old, what="the way back", seconds=30)
+    mesh.execute(mesh.memory_url, "UPDATE memory.embedder SET since = now() - interval '1 hour' WHERE state = 3")
+    wait_until(lambda: vectors() == {old: 3}, what="the removal")  # the one that was deleted has the new one's only
+    assert found() == ["The user likes tea"]
+
+
+def test_turns_of_sealed_conversations_travel_and_wait_sealed(new_mesh: Callable[..., Mesh]) -> None:
+    """Between the services and in both databases, until the job is worked."""
+    key = base64.b64encode(bytes(range(32))).decode()
+    mesh = new_mesh(LLM_SEAL_CONVERSATIONS="true", LLM_TURN_KEY=key)
+    mesh.start_memory()
+    memory = mesh.memory
+    assert memory is not None
+    mesh.credit("u", CREDIT)
+    chat = Chat(mesh, "u", title="t", use_memories=True)
+    chat.say("I live in canary-town.")
+    wait_until(lambda: mesh.outbox_size() == 1, what="the turn, refused for want of the key")
+    wait_until(lambda: "MEMORY_TURN_SEALED" in memory.text(), what="the reason in the log")
+    assert no_trace_of("canary-town", mesh.llm_url, "llm", mesh)
+    memory.stop()
+    memory.start(MEMORY_TURN_KEY=key)
+    mesh.wait_for_memory()
+    wait_until(lambda: contents(mesh, "u") == ["The user lives in canary-town"], what="the memory")
+    # One whose job can not be worked yet.
+    mesh.llm.stop()
+    content = turn_completed_pb2.TurnContent(messages=[{"role": "ROLE_USER", "text": "I live in canary-village."}])
+    sealed = Sealer([bytes(range(32))]).seal(content.SerializeToString(), bound_to="u/by-hand")
+    event = turn_completed_pb2.TurnCompleted(user_id="u", conversation_id="c", message_id="by-hand", sealed=sealed)
+    [job_id] = submit(mesh, event)
+    assert no_trace_of("canary-village", mesh.memory_url, "memory", mesh)
+    mesh.llm.start()
+    mesh.wait_until_serving()
+    assert worked(mesh, job_id).state == memory_pb2.JOB_STATE_DONE
+    assert "The user lives in canary-village" in contents(mesh, "u")
+
+
+def no_trace_of(text: str, url: str, schema: str, mesh: Mesh) -> bool:
+    """In no row of any table."""
+    tables = mesh.rows(url, "SELECT tablename FROM pg_tables WHERE schemaname = %s", [schema])
+    return all(
+        mesh.rows(url, f"SELECT count(*) FROM {schema}.{table} t WHERE t::text LIKE %s OR t::text LIKE %s",
+                  [f"%{text}%", f"%{text.encode().hex()}%"]) == [(0,)]
+        for (table,) in tables
+    )
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

@@ -43,7 +43,10 @@ def assert_remembered(mesh: Mesh, user: str, job_ids: list[str]) -> None:
     assert sum(job.credit_micros for job in done) == -sum(each.amount_micros for each in charged)
     assert sum(job.calls for job in done) == len(kept)
     vectors = mesh.rows(
-        mesh.memory_url, "SELECT count(*) FROM memory.item WHERE user_id = %s AND status = 1 AND embedding IS NULL", [user]
+        mesh.memory_url, """
+        SELECT count(*) FROM memory.item i WHERE user_id = %s AND status = 1
+            AND NOT EXISTS (SELECT 1 FROM memory.embedding e WHERE e.user_id = i.user_id AND e.item_id = i.item_id)
+        """, [user],
     )
     assert vectors == [(0,)]
     for item in items(mesh, user):

@@ -41,6 +41,7 @@ from metering.charge import Quote, Rates
 from metering.usage import Usage, UsageSource
 from servicekit.core.ids import RandomIdSource
 from servicekit.db.database import Database
+from servicekit.sealing import Sealer
 from tests.support.databases import Databases
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -73,7 +74,7 @@ async def store(databases: Databases, request: pytest.FixtureRequest) -> AsyncIt
             return event_id, "charge", "charges", charge_requested_to_bytes(record, corrects=corrects)
 
         def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
-            return end.turn.user_id, str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record)
+            return end.turn.user_id, str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record, Sealer([]))
 
         journal = PostgresCallJournal(
             database, database, event_of=event_of, sealer=sealer, answer_to_bytes=answer_to_bytes,
@@ -117,7 +118,7 @@ class Running:
 
 async def begin(store: Store, made: Conversation, text: str) -> Running:
     call_id = IDS.new_id()
-    async with store.conversations.open_turn(made.user_id, made.conversation_id) as opened:
+    async with store.conversations.open_turn(made.user_id, made.conversation_id, "r0") as opened:
         head = opened.conversation.head
         sent = StoredMessage(
             IDS.new_id(), head, said(Role.USER, text), MessageState.COMPLETE, NOW, str(call_id), prompt_tokens=3,
@@ -305,5 +306,5 @@ async def buffers(connection: Any, key: tuple[str, UUID], path: list[Segment]) -
 
 async def test_an_unknown_conversation_is_not_opened(store: Store) -> None:
     with pytest.raises(ConversationNotFound):
-        async with store.conversations.open_turn("u", IDS.new_id()):
+        async with store.conversations.open_turn("u", IDS.new_id(), "r0"):
             pytest.fail("it does not exist")

@@ -61,6 +61,10 @@ def contents(mesh: Mesh, user: str, **fields: Any) -> list[str]:
     return [each.content for each in reversed(items(mesh, user, **fields))]
 
 
+def index_status(mesh: Mesh, *, compare: bool = False) -> Any:
+    return mesh.memories.GetIndexStatus(memory_service_pb2.GetIndexStatusRequest(compare=compare), timeout=30)
+
+
 def retrieve(mesh: Mesh, user: str, query: str, **fields: Any) -> list[Any]:
     request = memory_service_pb2.RetrieveRequest(user_id=user, query=query, **fields)
     return list(mesh.memories.Retrieve(request, timeout=10).items)

@@ -152,7 +152,7 @@ class Mesh:
         return ServiceProcess("memory", {
             "MEMORY_AUTH": "none", "MEMORY_METRICS_LISTEN": "", "MEMORY_LISTEN": address,
             "MEMORY_DATABASE_URL": self.memory_url, "MEMORY_LLM_TARGET": self.llm_address,
-            "MEMORY_DRAIN_SECONDS": "5", **self._settings, **more,
+            "MEMORY_DRAIN_SECONDS": "5", "MEMORY_CHORES_SECONDS": "0.5", **self._settings, **more,
         }, self._memory_log)
 
     def wait_for_memory(self) -> None:

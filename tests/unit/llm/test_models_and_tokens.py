@@ -15,8 +15,9 @@ from llm_service.domain.chat import FinishReason, JsonSchema, Message, Prompt, R
 from llm_service.domain.deployment import BUILT_IN, Capabilities, Deployment, Directory, Provider, masked_key
 from llm_service.domain.errors import ModelNotFound, ModelNotReady, SecretKeyMissing
 from llm_service.domain.structured_output import check_answer
-from llm_service.storage.sealed_keys import KeySealer, parse_secret_keys
+from llm_service.storage.sealed_keys import KeySealer
 from llm_service.usecases.ports import Question, UpstreamChunk
+from servicekit.sealing import parse_secret_keys
 
 TOKENS = BpeTokenCounter()
 

@@ -130,6 +130,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no such decision."""
     ERROR_REASON_MEMORY_CONTENT_REFUSED: _ErrorReason.ValueType  # 52
     """FAILED_PRECONDITION: what is to be remembered holds a secret, which policy refuses; metadata: kind."""
+    ERROR_REASON_MEMORY_TURN_SEALED: _ErrorReason.ValueType  # 53
+    """FAILED_PRECONDITION: the turn is sealed under a key that this service does not have; give it the key, and send the
+    turn again.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that `google.rpc.ErrorInfo.reason` can carry, without the prefix: `INVALID_FIELD`, ...
@@ -244,4 +248,8 @@ ERROR_REASON_MEMORY_DECISION_NOT_FOUND: ErrorReason.ValueType  # 51
 """NOT_FOUND: no such decision."""
 ERROR_REASON_MEMORY_CONTENT_REFUSED: ErrorReason.ValueType  # 52
 """FAILED_PRECONDITION: what is to be remembered holds a secret, which policy refuses; metadata: kind."""
+ERROR_REASON_MEMORY_TURN_SEALED: ErrorReason.ValueType  # 53
+"""FAILED_PRECONDITION: the turn is sealed under a key that this service does not have; give it the key, and send the
+turn again.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)creditmesh/events/v1/turn_completed.proto\x12\x14\x63reditmesh.events.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x03\n\rTurnCompleted\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12,\n\x0f\x63onversation_id\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12)\n\nmessage_id\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12?\n\x08messages\x18\x04 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessageB\n\xbaH\x07\x92\x01\x04\x08\x01\x10@\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x07\x63ontext\x18\x06 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessageB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\"\n\nmemory_ids\x18\x07 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x64\"\x04r\x02\x18@\x12#\n\x07\x63\x61ll_id\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12(\n\x0btraceparent\x18\t \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\"\x84\x02\n\x0bTurnMessage\x12>\n\x04role\x18\x01 \x01(\x0e\x32&.creditmesh.events.v1.TurnMessage.RoleB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x04text\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\'\n\nmessage_id\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\"s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\x12\n\x0eROLE_DEVELOPER\x10\x02\x12\r\n\tROLE_USER\x10\x03\x12\x12\n\x0eROLE_ASSISTANT\x10\x04\x12\r\n\tROLE_TOOL\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)creditmesh/events/v1/turn_completed.proto\x12\x14\x63reditmesh.events.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x04\n\rTurnCompleted\x12%\n\x07user_id\x18\x01 \x01(\tB\x14\xbaH\x11r\x0f\x10\x01\x18@2\t^\\P{Cc}*$\x12,\n\x0f\x63onversation_id\x18\x02 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12)\n\nmessage_id\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x10\x01\x18\x80\x01\x32\t^\\P{Cc}*$\x12=\n\x08messages\x18\x04 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessageB\x08\xbaH\x05\x92\x01\x02\x10@\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x07\x63ontext\x18\x06 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessageB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\"\n\nmemory_ids\x18\x07 \x03(\tB\x0e\xbaH\x0b\x92\x01\x08\x10\x64\"\x04r\x02\x18@\x12#\n\x07\x63\x61ll_id\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18@2\t^\\P{Cc}*$\x12(\n\x0btraceparent\x18\t \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\x12\x1a\n\x06sealed\x18\n \x01(\x0c\x42\n\xbaH\x07z\x05\x18\x80\x80\x80\x04:h\xbaHe\x1a\x63\n\x0cturn.content\x12!needs messages, or what is sealed\x1a\x30size(this.messages) > 0 || size(this.sealed) > 0\"v\n\x0bTurnContent\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessage\x12\x32\n\x07\x63ontext\x18\x02 \x03(\x0b\x32!.creditmesh.events.v1.TurnMessage\"\x84\x02\n\x0bTurnMessage\x12>\n\x04role\x18\x01 \x01(\x0e\x32&.creditmesh.events.v1.TurnMessage.RoleB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x04text\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\'\n\nmessage_id\x18\x03 \x01(\tB\x13\xbaH\x10r\x0e\x18\x80\x01\x32\t^\\P{Cc}*$\"s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\x12\n\x0eROLE_DEVELOPER\x10\x02\x12\r\n\tROLE_USER\x10\x03\x12\x12\n\x0eROLE_ASSISTANT\x10\x04\x12\r\n\tROLE_TOOL\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TURNCOMPLETED'].fields_by_name['message_id']._loaded_options = None
   _globals['_TURNCOMPLETED'].fields_by_name['message_id']._serialized_options = b'\272H\022r\020\020\001\030\200\0012\t^\\P{Cc}*$'
   _globals['_TURNCOMPLETED'].fields_by_name['messages']._loaded_options = None
-  _globals['_TURNCOMPLETED'].fields_by_name['messages']._serialized_options = b'\272H\007\222\001\004\010\001\020@'
+  _globals['_TURNCOMPLETED'].fields_by_name['messages']._serialized_options = b'\272H\005\222\001\002\020@'
   _globals['_TURNCOMPLETED'].fields_by_name['context']._loaded_options = None
   _globals['_TURNCOMPLETED'].fields_by_name['context']._serialized_options = b'\272H\005\222\001\002\020\020'
   _globals['_TURNCOMPLETED'].fields_by_name['memory_ids']._loaded_options = None
@@ -49,6 +49,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TURNCOMPLETED'].fields_by_name['call_id']._serialized_options = b'\272H\017r\r\030@2\t^\\P{Cc}*$'
   _globals['_TURNCOMPLETED'].fields_by_name['traceparent']._loaded_options = None
   _globals['_TURNCOMPLETED'].fields_by_name['traceparent']._serialized_options = b'\272H\020r\016\030\200\0012\t^\\P{Cc}*$'
+  _globals['_TURNCOMPLETED'].fields_by_name['sealed']._loaded_options = None
+  _globals['_TURNCOMPLETED'].fields_by_name['sealed']._serialized_options = b'\272H\007z\005\030\200\200\200\004'
+  _globals['_TURNCOMPLETED']._loaded_options = None
+  _globals['_TURNCOMPLETED']._serialized_options = b'\272He\032c\n\014turn.content\022!needs messages, or what is sealed\0320size(this.messages) > 0 || size(this.sealed) > 0'
   _globals['_TURNMESSAGE'].fields_by_name['role']._loaded_options = None
   _globals['_TURNMESSAGE'].fields_by_name['role']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_TURNMESSAGE'].fields_by_name['text']._loaded_options = None
@@ -56,9 +60,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TURNMESSAGE'].fields_by_name['message_id']._loaded_options = None
   _globals['_TURNMESSAGE'].fields_by_name['message_id']._serialized_options = b'\272H\020r\016\030\200\0012\t^\\P{Cc}*$'
   _globals['_TURNCOMPLETED']._serialized_start=130
-  _globals['_TURNCOMPLETED']._serialized_end=564
-  _globals['_TURNMESSAGE']._serialized_start=567
-  _globals['_TURNMESSAGE']._serialized_end=827
-  _globals['_TURNMESSAGE_ROLE']._serialized_start=712
-  _globals['_TURNMESSAGE_ROLE']._serialized_end=827
+  _globals['_TURNCOMPLETED']._serialized_end=696
+  _globals['_TURNCONTENT']._serialized_start=698
+  _globals['_TURNCONTENT']._serialized_end=816
+  _globals['_TURNMESSAGE']._serialized_start=819
+  _globals['_TURNMESSAGE']._serialized_end=1079
+  _globals['_TURNMESSAGE_ROLE']._serialized_start=964
+  _globals['_TURNMESSAGE_ROLE']._serialized_end=1079
 # @@protoc_insertion_point(module_scope)

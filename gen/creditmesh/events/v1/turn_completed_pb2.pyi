@@ -37,6 +37,7 @@ class TurnCompleted(_message.Message):
     MEMORY_IDS_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Account."""
     conversation_id: _builtins.str
@@ -47,9 +48,13 @@ class TurnCompleted(_message.Message):
     """Call that gave the answer, a UUID; empty = not known."""
     traceparent: _builtins.str
     """Trace that the turn belongs to (W3C Trace Context), which its model calls go on with; empty = none."""
+    sealed: _builtins.bytes
+    """A TurnContent in place of messages and context, sealed by AES-256-GCM: 4 bytes id of the key (of its SHA-256), 12
+    bytes nonce, box; bound to "user_id/message_id". At most 8 MiB. Empty = not sealed.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnMessage]:
-        """The turn: what the user said and what was answered, 1..64 messages."""
+        """The turn: what the user said and what was answered, 1..64 messages; none when it is sealed."""
 
     @_builtins.property
     def occurred_at(self) -> _timestamp_pb2.Timestamp:
@@ -75,14 +80,45 @@ class TurnCompleted(_message.Message):
         memory_ids: _abc.Iterable[_builtins.str] | None = ...,
         call_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        sealed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_at", b"occurred_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "context", b"context", "conversation_id", b"conversation_id", "memory_ids", b"memory_ids", "message_id", b"message_id", "messages", b"messages", "occurred_at", b"occurred_at", "traceparent", b"traceparent", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "context", b"context", "conversation_id", b"conversation_id", "memory_ids", b"memory_ids", "message_id", b"message_id", "messages", b"messages", "occurred_at", b"occurred_at", "sealed", b"sealed", "traceparent", b"traceparent", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TurnCompleted: _TypeAlias = TurnCompleted  # noqa: Y015
+
+@_typing.final
+class TurnContent(_message.Message):
+    """What is sealed of a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnMessage]:
+        """As in TurnCompleted."""
+
+    @_builtins.property
+    def context(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnMessage]:
+        """As in TurnCompleted."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___TurnMessage] | None = ...,
+        context: _abc.Iterable[Global___TurnMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TurnContent: _TypeAlias = TurnContent  # noqa: Y015
 
 @_typing.final
 class TurnMessage(_message.Message):

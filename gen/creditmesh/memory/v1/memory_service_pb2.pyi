@@ -11,6 +11,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +22,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _VectorIndex:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VectorIndexEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VectorIndex.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VECTOR_INDEX_UNSPECIFIED: _VectorIndex.ValueType  # 0
+    """Never sent."""
+    VECTOR_INDEX_PGVECTOR: _VectorIndex.ValueType  # 1
+    """In PostgreSQL, beside the items."""
+    VECTOR_INDEX_MILVUS: _VectorIndex.ValueType  # 2
+    """In Milvus, and in PostgreSQL whenever that does not answer."""
+
+class VectorIndex(_VectorIndex, metaclass=_VectorIndexEnumTypeWrapper):
+    """Where vectors are searched."""
+
+VECTOR_INDEX_UNSPECIFIED: VectorIndex.ValueType  # 0
+"""Never sent."""
+VECTOR_INDEX_PGVECTOR: VectorIndex.ValueType  # 1
+"""In PostgreSQL, beside the items."""
+VECTOR_INDEX_MILVUS: VectorIndex.ValueType  # 2
+"""In Milvus, and in PostgreSQL whenever that does not answer."""
+Global___VectorIndex: _TypeAlias = VectorIndex  # noqa: Y015
 
 @_typing.final
 class SubmitTurnsRequest(_message.Message):
@@ -1078,6 +1103,9 @@ class EraseUserResponse(_message.Message):
 
     ERASED_FIELD_NUMBER: _builtins.int
     ERASED_AT_FIELD_NUMBER: _builtins.int
+    INDEX_PENDING_FIELD_NUMBER: _builtins.int
+    index_pending: _builtins.bool
+    """The vector database did not answer; its vectors (no texts, no names) are removed as soon as it does."""
     @_builtins.property
     def erased(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rows that were erased, by table."""
@@ -1091,10 +1119,11 @@ class EraseUserResponse(_message.Message):
         *,
         erased: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         erased_at: _timestamp_pb2.Timestamp | None = ...,
+        index_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "erased_at", b"erased_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "erased_at", b"erased_at", "index_pending", b"index_pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1102,20 +1131,61 @@ Global___EraseUserResponse: _TypeAlias = EraseUserResponse  # noqa: Y015
 
 @_typing.final
 class GetIndexStatusRequest(_message.Message):
-    """No filter."""
+    """Which status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    COMPARE_FIELD_NUMBER: _builtins.int
+    compare: _builtins.bool
+    """Compare the vector database with the items now, and mend what differs; takes a while with many items."""
     def __init__(
         self,
+        *,
+        compare: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compare", b"compare"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetIndexStatusRequest: _TypeAlias = GetIndexStatusRequest  # noqa: Y015
+
+@_typing.final
+class IndexDrift(_message.Message):
+    """What a comparison of the vector database with the items found; all of it is mended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MISSING_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    ORPHANED_FIELD_NUMBER: _builtins.int
+    COMPARED_AT_FIELD_NUMBER: _builtins.int
+    missing: _builtins.int
+    """Active items that it lacked."""
+    stale: _builtins.int
+    """Active items that it had as they were before."""
+    orphaned: _builtins.int
+    """What it had and should not."""
+    @_builtins.property
+    def compared_at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        missing: _builtins.int = ...,
+        stale: _builtins.int = ...,
+        orphaned: _builtins.int = ...,
+        compared_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compared_at", b"compared_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_at", b"compared_at", "missing", b"missing", "orphaned", b"orphaned", "stale", b"stale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexDrift: _TypeAlias = IndexDrift  # noqa: Y015
 
 @_typing.final
 class GetIndexStatusResponse(_message.Message):
@@ -1126,22 +1196,40 @@ class GetIndexStatusResponse(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     INDEXED_FIELD_NUMBER: _builtins.int
     EMBEDDER_FIELD_NUMBER: _builtins.int
+    FILLING_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     items: _builtins.int
     """Active items."""
     indexed: _builtins.int
     """Those with a vector of the embedder in use."""
     embedder: _builtins.str
     """The embedder in use."""
+    filling: _builtins.str
+    """The embedder whose vectors are being made, and which will serve when they all are; empty = none."""
+    index: Global___VectorIndex.ValueType
+    """Where vectors are searched."""
+    waiting: _builtins.int
+    """Items that the vector database is still to be told of."""
+    @_builtins.property
+    def drift(self) -> Global___IndexDrift:
+        """The last comparison that this server made. Absent = none yet, or no vector database."""
+
     def __init__(
         self,
         *,
         items: _builtins.int = ...,
         indexed: _builtins.int = ...,
         embedder: _builtins.str = ...,
+        filling: _builtins.str = ...,
+        index: Global___VectorIndex.ValueType = ...,
+        waiting: _builtins.int = ...,
+        drift: Global___IndexDrift | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedder", b"embedder", "indexed", b"indexed", "items", b"items"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "embedder", b"embedder", "filling", b"filling", "index", b"index", "indexed", b"indexed", "items", b"items", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

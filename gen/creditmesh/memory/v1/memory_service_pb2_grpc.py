@@ -132,7 +132,8 @@ class MemoryServiceServicer:
     """
 
     def SubmitTurns(self, request, context):
-        """Takes finished turns, at most 500 at once; a turn that is known already gets the same job.
+        """Takes finished turns, at most 500 at once; a turn that is known already gets the same job. One that is sealed under
+        a key that the server does not have is refused with MEMORY_TURN_SEALED, and all with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

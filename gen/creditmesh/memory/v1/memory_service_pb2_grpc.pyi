@@ -17,7 +17,9 @@ class MemoryServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitTurns: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.SubmitTurnsRequest, _memory_service_pb2.SubmitTurnsResponse]
-    """Takes finished turns, at most 500 at once; a turn that is known already gets the same job."""
+    """Takes finished turns, at most 500 at once; a turn that is known already gets the same job. One that is sealed under
+    a key that the server does not have is refused with MEMORY_TURN_SEALED, and all with it.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetJobRequest, _memory_service_pb2.GetJobResponse]
     """A job with its decisions and what its calls cost."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ListJobsRequest, _memory_service_pb2.ListJobsResponse]
@@ -62,7 +64,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.SubmitTurnsRequest,
         context: _aio.ServicerContext[_memory_service_pb2.SubmitTurnsRequest, _abc.Awaitable[_memory_service_pb2.SubmitTurnsResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.SubmitTurnsResponse]:
-        """Takes finished turns, at most 500 at once; a turn that is known already gets the same job."""
+        """Takes finished turns, at most 500 at once; a turn that is known already gets the same job. One that is sealed under
+        a key that the server does not have is refused with MEMORY_TURN_SEALED, and all with it.
+        """
 
     @_abc_1.abstractmethod
     def GetJob(
