@@ -25,6 +25,7 @@ _PATTERNS: tuple[tuple[str, str, str], ...] = (
     ("fact", r"^i(?:'m| am) (?:a |an )(.+)$", "The user is a {0}"),
     ("fact", r"^i have (.+)$", "The user has {0}"),
 )
+_UNTIL = re.compile(r"(?i)\buntil (\d{4}-\d{2}-\d{2})$")
 _SINGLE_VALUED = (
     r"^the user lives in ", r"^the user's name is ", r"^the user's favourite \w+ is ", r"^the user works ",
 )
@@ -57,6 +58,7 @@ def _extract(question: Any) -> dict[str, Any]:
                     facts.append({
                         "type": kind, "content": content[:1000], "title": content[:64], "confidence": 0.8,
                         "importance": 0.9 if kind == "constraint" else 0.7, "sensitivity": 0, "explicit": bool(asked),
+                        "valid_until": until.group(1) if (until := _UNTIL.search(text)) else None,
                     })
                     break
     return {"thoughts": NOTE, "facts": facts[:3]}

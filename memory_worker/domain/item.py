@@ -34,7 +34,8 @@ class ItemStatus(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something to remember, normalised: `digest` tells it apart from others of its user."""
+    """Something to remember, normalised: `digest` tells it apart from others of its user. `valid_until`: from when on
+    it is no longer so, if that was said."""
 
     type: MemoryType
     title: str
@@ -43,10 +44,16 @@ class Fact:
     importance: float
     sensitivity: int
     is_explicit: bool
+    valid_until: datetime | None = None
 
     @property
     def digest(self) -> str:
         return digest_of(self.type, self.content)
+
+    def expiry(self, said_at: datetime) -> datetime | None:
+        """When it is to be forgotten, unless it is said again."""
+        ends = [each for each in (expiry_of(self.type, said_at), self.valid_until) if each is not None]
+        return min(ends, default=None)
 
 
 @dataclass(frozen=True, slots=True)

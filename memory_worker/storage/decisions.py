@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from memory_worker.domain.decision import Action, Plan
-from memory_worker.domain.item import Fact, Item, ItemStatus, digest_of, expiry_of, title_of
+from memory_worker.domain.item import Fact, Item, ItemStatus, digest_of, title_of
 from memory_worker.storage.item_rows import decision_from_row, fact_to_json, item_from_row, verdict_to_json
 from memory_worker.storage.item_writer import WORKER, ItemWriter
 from memory_worker.storage.vectors import (
@@ -129,7 +129,7 @@ class PostgresDecisions:
                 user_id=job.user_id, item_id=self._ids.new_id(), type=fact.type, title=fact.title,
                 content=fact.content, confidence=fact.confidence, importance=fact.importance,
                 sensitivity=fact.sensitivity, is_explicit=fact.is_explicit, status=ItemStatus.ACTIVE, version=1,
-                valid_from=job.occurred_at, valid_to=None, expires_at=expiry_of(fact.type, job.occurred_at),
+                valid_from=job.occurred_at, valid_to=None, expires_at=fact.expiry(job.occurred_at),
                 created_at=now, updated_at=now, conversation_id=job.conversation_id, message_id=job.message_id,
                 job_id=job.job_id,
             )
@@ -180,12 +180,12 @@ class PostgresDecisions:
 def _strengthened(old: Item, outcome: Outcome, now: datetime) -> Item:
     """An item that was said again: what it knows of the world grows, its protection never shrinks."""
     plan, fact, job = outcome.plan, outcome.fact, outcome.job
-    expiry = expiry_of(old.type, job.occurred_at)
+    expiry = fact.expiry(job.occurred_at)
     content = plan.merged if plan.action is Action.MERGE else old.content
     return replace(
         old, content=content, title=title_of("", content) if plan.action is Action.MERGE else old.title,
         confidence=max(old.confidence, fact.confidence), importance=max(old.importance, fact.importance),
         sensitivity=max(old.sensitivity, fact.sensitivity), is_explicit=old.is_explicit or fact.is_explicit,
         version=old.version + 1, updated_at=now, confirmations=old.confirmations + 1,
-        expires_at=max(old.expires_at, expiry) if old.expires_at and expiry else old.expires_at,
+        expires_at=max(old.expires_at, expiry) if old.expires_at and expiry else None,
     )

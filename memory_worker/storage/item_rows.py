@@ -54,11 +54,15 @@ def fact_to_json(fact: Fact) -> dict[str, Any]:
     return {
         "type": int(fact.type), "title": fact.title, "content": fact.content, "confidence": fact.confidence,
         "importance": fact.importance, "sensitivity": fact.sensitivity, "is_explicit": fact.is_explicit,
+        "valid_until": fact.valid_until and fact.valid_until.isoformat(),
     }
 
 
 def fact_from_json(value: Mapping[str, Any]) -> Fact:
-    return Fact(**{**value, "type": MemoryType(value["type"])})
+    until = value.get("valid_until")
+    return Fact(**{
+        **value, "type": MemoryType(value["type"]), "valid_until": datetime.fromisoformat(until) if until else None
+    })
 
 
 def verdict_to_json(verdict: Verdict) -> dict[str, Any]:

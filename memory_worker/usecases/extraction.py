@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from memory_worker.domain.decision import Relation, Verdict
@@ -15,7 +16,7 @@ from memory_worker.usecases.ports import Policy
 
 EXTRACT_ALIAS, COMPARE_ALIAS = "memory_extract", "memory_decision_compare"
 EXTRACT_SCENE, COMPARE_SCENE = "memory.extract", "memory.compare"
-EXTRACT_VERSION, COMPARE_VERSION = "extract/1", "compare/1"
+EXTRACT_VERSION, COMPARE_VERSION = "extract/2", "compare/1"
 PROMPTS = f"{EXTRACT_VERSION} {COMPARE_VERSION}"
 USER_ROLE = 3
 MOST_RAW_FACTS = 20
@@ -29,7 +30,9 @@ EXTRACT_SCHEMA = json.dumps({
         "thoughts": {"type": "string", "maxLength": 1000},
         "facts": {"type": "array", "maxItems": 3, "items": {
             "type": "object", "additionalProperties": False,
-            "required": ["type", "content", "title", "confidence", "importance", "sensitivity", "explicit"],
+            "required": [
+                "type", "content", "title", "confidence", "importance", "sensitivity", "explicit", "valid_until",
+            ],
             "properties": {
                 "type": {"enum": ["preference", "constraint", "fact"]},
                 "content": {"type": "string", "minLength": 1, "maxLength": 1000},
@@ -38,6 +41,7 @@ EXTRACT_SCHEMA = json.dumps({
                 "importance": {"type": "number", "minimum": 0, "maximum": 1},
                 "sensitivity": {"type": "integer", "minimum": 0, "maximum": 2},
                 "explicit": {"type": "boolean"},
+                "valid_until": {"type": ["string", "null"], "maxLength": 40},
             },
         }},
     },
@@ -50,7 +54,8 @@ EXTRACT_INSTRUCTIONS = (
     "Each content is one sentence about the user in the third person, in the user's language, understandable alone. "
     "confidence: how sure it is that it was said and meant; importance: how much it matters; sensitivity: 1 for "
     "health, money, religion, politics, sexuality, whereabouts or data about others, 2 where it could do harm, else "
-    "0; explicit: the user asked to remember it. Write thoughts first. Answer with JSON alone."
+    "0; explicit: the user asked to remember it; valid_until: the moment (RFC 3339) from which on it is no longer so, "
+    "where the user said one, reckoned from said_at, else null. Write thoughts first. Answer with JSON alone."
 )
 COMPARE_SCHEMA = json.dumps({
     "type": "object", "additionalProperties": False, "required": ["verdicts"],
@@ -94,7 +99,9 @@ def comparison_data(fact: Fact, candidates: Sequence[tuple[Item, float]]) -> str
     }, ensure_ascii=False)
 
 
-def facts_in(answer: str, *, settings: UserSettings, policy: Policy, shown: Sequence[str]) -> list[tuple[Fact, str]]:
+def facts_in(
+    answer: str, *, settings: UserSettings, policy: Policy, shown: Sequence[str], said_at: datetime
+) -> list[tuple[Fact, str]]:
     """The facts of an extraction, each with why it is dropped, "" = it is not. `shown`: memories that the model had
     before it: what merely repeats one is nothing new. Raises ValueError for what is no extraction."""
     document = _object(answer)
@@ -109,7 +116,7 @@ def facts_in(answer: str, *, settings: UserSettings, policy: Policy, shown: Sequ
         if fact is None:
             continue
         if not reason:
-            reason = _objection(fact, settings, policy, known, seen)
+            reason = _objection(fact, settings, policy, known, seen, said_at)
         if not reason and sum(not why for _, why in taken) >= policy.most_facts:
             reason = "TOO_MANY"
         seen.add(fact.digest)
@@ -117,13 +124,17 @@ def facts_in(answer: str, *, settings: UserSettings, policy: Policy, shown: Sequ
     return taken
 
 
-def _objection(fact: Fact, settings: UserSettings, policy: Policy, known: set[str], seen: set[str]) -> str:
+def _objection(
+    fact: Fact, settings: UserSettings, policy: Policy, known: set[str], seen: set[str], said_at: datetime
+) -> str:
     if not settings.implicit_enabled and not fact.is_explicit:
         return "NOT_EXPLICIT"
     if not settings.sensitive_enabled and fact.sensitivity > 0:
         return "SENSITIVE"
     if fact.confidence < policy.least_confidence:
         return "LOW_CONFIDENCE"
+    if fact.valid_until is not None and fact.valid_until <= said_at:
+        return "OVER"
     if normalised(fact.content) in known:
         return "ECHO"
     return "REPEATED" if fact.digest in seen else ""
@@ -149,8 +160,19 @@ def _fact_of(value: Any, policy: Policy) -> tuple[Fact | None, str]:
         confidence=_number(value.get("confidence"), DEFAULT_CONFIDENCE),
         importance=_number(value.get("importance"), DEFAULT_IMPORTANCE[kind]),
         sensitivity=max(sensitivity, int(checked.personal or title.personal)),
-        is_explicit=value.get("explicit") is True,
+        is_explicit=value.get("explicit") is True, valid_until=_moment(value.get("valid_until")),
     ), f"SECRET:{refused}" if refused else ""
+
+
+def _moment(value: Any) -> datetime | None:
+    """What is no moment is none; without an offset it is UTC."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def verdicts_in(answer: str, candidates: Sequence[tuple[Item, float]], policy: Policy) -> list[Verdict]:

@@ -234,7 +234,7 @@ class JobWorker:
         )
         shown = await self._items.contents_of(job.user_id, job.turn.memory_ids)
         try:
-            facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown)
+            facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown, said_at=job.occurred_at)
         except ValueError as error:
             raise ModelCallFailed("PERMANENT", f"EXTRACTION_UNREADABLE: {error}") from None
         decisions = await self._decisions.decisions_of(job.user_id, job.job_id) if job.has_decisions else []

@@ -300,6 +300,13 @@ def test_memory_down_is_an_answer_without(new_mesh: Callable[..., Mesh]) -> None
     wait_until(lambda: contents(mesh, "u") == ["The user lives in Rome"], what="the memory")
 
 
+def test_what_holds_until_some_day_is_forgotten_then(mesh: Mesh, user: str) -> None:
+    job = remember(mesh, user, "I like tea until 2031-01-01. I like milk until 2001-01-01.", "m1")
+    assert [each.reason for each in job.decisions] == ["COMPARED", "OVER"]
+    [tea] = items(mesh, user)
+    assert tea.expires_at.ToDatetime().isoformat() == "2031-01-01T00:00:00"
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_two_tenants_at_random_with_forged_ids_never_meet(mesh: Mesh, seed: int) -> None:
     """Beside a model of both: what one does is never seen, changed or explained by the other."""
@@ -465,7 +472,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "endless": {"words": 100_000},
     "too many": {"replies": [json.dumps({"thoughts": "", "facts": [
         {"type": "fact", "content": f"fact {n}", "title": "", "confidence": 1, "importance": 1, "sensitivity": 0,
-         "explicit": True} for n in range(50)
+         "explicit": True, "valid_until": None} for n in range(50)
     ]})]},
     "silent": {"words": 0, "replies": [""]},
 }

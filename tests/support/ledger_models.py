@@ -55,7 +55,7 @@ def _text_of(question: ModelQuestion) -> str:
         said = " ".join(each["text"] for each in data["turn"] if each["speaker"] == "user")
         return json.dumps({"thoughts": "", "facts": [
             {"type": "fact", "content": part.strip(), "title": "", "confidence": 0.9, "importance": 0.5,
-             "sensitivity": 0, "explicit": True} for part in said.split(".") if part.strip()
+             "sensitivity": 0, "explicit": True, "valid_until": None} for part in said.split(".") if part.strip()
         ]})
     new = data["new"]["content"]
     return json.dumps({"verdicts": [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -25,6 +27,10 @@ from memory_worker.domain.item import (
 )
 from memory_worker.domain.job import LONGEST_WAIT, MOST_TRIES, Job, JobState, call_key, wait_after
 from memory_worker.domain.ranking import MOST_PINNED, WEIGHTS, Ranked, choose, rank, tokens_of
+from memory_worker.storage.item_rows import fact_from_json, fact_to_json
+from memory_worker.usecases.extraction import facts_in
+from memory_worker.usecases.memory_ports import UserSettings
+from memory_worker.usecases.ports import Policy
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -58,6 +64,32 @@ def test_the_normaliser_is_stable_and_bounded(text: str) -> None:
 def test_facts_are_forgotten_and_the_rest_is_not() -> None:
     assert expiry_of(MemoryType.FACT, NOW) == NOW + timedelta(days=180)
     assert expiry_of(MemoryType.CONSTRAINT, NOW) is None
+
+
+@pytest.mark.parametrize(("said", "kept"), [
+    (None, None), ("", None), ("next week", None), (7, None), ("2027-05-01", datetime(2027, 5, 1, tzinfo=UTC)),
+    ("2027-05-01T02:00:00+02:00", datetime(2027, 5, 1, tzinfo=UTC)), ("9999-12-31T23:59:59-14:00", None),
+])
+def test_how_long_something_holds_is_what_was_said(said: Any, kept: datetime | None) -> None:
+    document = {"facts": [{"type": "preference", "content": "likes tea", "confidence": 1, "valid_until": said}]}
+    [(fact, objection)] = facts_in(
+        json.dumps(document), settings=UserSettings("u"), policy=Policy(), shown=(), said_at=NOW
+    )
+    assert (fact.valid_until, objection) == (kept, "")
+    assert fact.expiry(NOW) == kept
+    assert fact_from_json(fact_to_json(fact)) == fact
+
+
+def test_what_was_over_when_it_was_said_is_dropped_and_a_fact_never_outlives_its_time() -> None:
+    document = {"facts": [
+        {"type": "fact", "content": "was in Rome", "confidence": 1, "valid_until": "2001-01-01"},
+        {"type": "fact", "content": "is in Oslo", "confidence": 1, "valid_until": (NOW + timedelta(days=2)).isoformat()},
+        {"type": "fact", "content": "has a cat", "confidence": 1, "valid_until": "2999-01-01"},
+    ]}
+    found = facts_in(json.dumps(document), settings=UserSettings("u"), policy=Policy(), shown=(), said_at=NOW)
+    assert [objection for _, objection in found] == ["OVER", "", ""]
+    assert found[1][0].expiry(NOW) == NOW + timedelta(days=2)
+    assert found[2][0].expiry(NOW) == NOW + timedelta(days=180)
 
 
 @pytest.mark.parametrize(("text", "finding"), [
