@@ -30,7 +30,7 @@ from servicekit.db.database import Connection, Database
 
 SIMILARITIES = """
 SELECT item_id, 1 - (vector <=> %s::vector) AS score FROM embedding
-WHERE user_id = %s AND item_id = ANY(%s) AND embedder = %s
+WHERE user_id = %s AND item_id = ANY(%s) AND embedder = %s AND vector_dims(vector) = %s
 """
 CONSTRAINTS = f"""
 SELECT {FIELDS} FROM item i
@@ -133,7 +133,7 @@ class PostgresItems:
     async def similarities(
         self, user_id: str, vector: Vector, embedder: str, item_ids: Sequence[UUID]
     ) -> dict[UUID, float]:
-        rows = await self._rows(SIMILARITIES, (text_of(vector), user_id, list(item_ids), embedder))
+        rows = await self._rows(SIMILARITIES, (text_of(vector), user_id, list(item_ids), embedder, len(vector)))
         return {row["item_id"]: float(row["score"]) for row in rows}
 
     async def items(

@@ -18,7 +18,7 @@ coalesce((SELECT CASE WHEN sensitive_enabled THEN 2 ELSE 0 END FROM user_setting
 _OF_USER = f"""
 FROM embedding e WHERE e.user_id = %(user_id)s AND e.embedder = %(embedder)s AND e.is_active
     AND e.type = ANY(%(types)s) AND e.sensitivity <= coalesce(%(most_sensitive)s::smallint, {ALLOWED})
-    AND (e.expires_at IS NULL OR e.expires_at > now())
+    AND (e.expires_at IS NULL OR e.expires_at > now()) AND vector_dims(e.vector) = %(dimensions)s
 """
 
 
@@ -51,7 +51,8 @@ def arguments_of(
     """Of SCAN and PROPOSED. most_sensitive None = what the user's switches allow."""
     return {
         "user_id": user_id, "embedder": looking.embedder, "vector": text_of(looking.vector), "most": most,
-        "types": [int(each) for each in types], "most_sensitive": most_sensitive, "near": list(looking.near or ()),
+        "dimensions": len(looking.vector), "types": [int(each) for each in types], "most_sensitive": most_sensitive,
+        "near": list(looking.near or ()),
     }
 
 

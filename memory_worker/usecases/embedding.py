@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from datetime import timedelta
 
-from memory_worker.usecases.memory_ports import Embedder, Upkeep, Vector
+from memory_worker.usecases.memory_ports import Embedder, Upkeep, Vector, Vectors
 from memory_worker.usecases.ports import ModelCallFailed
 from servicekit.core.errors import DependencyUnavailable, DomainError
 from servicekit.telemetry.logs import EventLogger
@@ -79,18 +79,17 @@ class Embedders:
         """This process can make all vectors that are wanted."""
         return all(self._known.get(name) is not None for name in filter(None, self._names))
 
-    async def vector(self, user_id: str, text: str, key: Callable[[str], str]) -> Vector:
-        """By the one that serves; `key` makes the request_id of an embedder's name. Raises ModelCallFailed,
-        DependencyUnavailable."""
-        serving = self.serving
-        return (await serving.embed(user_id, [text], request_id=key(serving.name))).vectors[0]
-
     async def vectors(
-        self, user_id: str, text: str, key: Callable[[str], str], *, known: Vector = ()
+        self, user_id: str, text: str, key: Callable[[str], str], *, known: Vectors | None = None
     ) -> dict[str, Vector]:
-        """By both. Where the one that is filled in fails, the filling makes up for it later."""
-        made = {self.serving.name: known or await self.vector(user_id, text, key)}
-        if (filling := self.filling) is not None:
+        """By the one that serves now and the one that is filled in; `key` makes the request_id of an embedder's name,
+        `known` has what was made already. Where the one that is filled in fails, the filling makes up for it later.
+        Raises ModelCallFailed, DependencyUnavailable."""
+        serving, filling = self.serving, self.filling
+        made = {name: vector for name, vector in (known or {}).items() if name == serving.name}
+        if not made:
+            made[serving.name] = (await serving.embed(user_id, [text], request_id=key(serving.name))).vectors[0]
+        if filling is not None:
             try:
                 found = await filling.embed(user_id, [text], request_id=key(filling.name), skip_charge=True)
                 made[filling.name] = found.vectors[0]

@@ -8,7 +8,7 @@ from datetime import datetime
 from memory_worker.domain.item import Item, MemoryType
 from memory_worker.domain.ranking import MOST_PINNED, Ranked, choose, rank
 from memory_worker.usecases.embedding import Embedders
-from memory_worker.usecases.memory_ports import ItemStore, Looking, Outlook, Vector
+from memory_worker.usecases.memory_ports import Embedder, ItemStore, Looking, Outlook, Vector
 from memory_worker.usecases.ports import ModelCallFailed, Policy
 from memory_worker.usecases.vector_index import IndexSearch
 from servicekit.core.clock import Clock
@@ -57,11 +57,12 @@ class Retriever:
     async def retrieve(self, query: Query) -> Retrieved:
         """Raises DependencyUnavailable. Nothing is better than what does not fit."""
         limit = query.limit or DEFAULT_LIMIT
-        vector = await self._vector(query) if query.text.strip() else ()
+        embedder = self._embedders.serving  # the same throughout, whatever serves meanwhile
+        vector = await self._vector(query, embedder) if query.text.strip() else ()
         if query.as_of is not None:
-            outlook = await self._as_of(query, query.as_of, vector)
+            outlook = await self._as_of(query, query.as_of, vector, embedder)
         else:
-            outlook = await self._now(query, vector, limit)
+            outlook = await self._now(query, vector, embedder, limit)
         now = query.as_of or self._clock.now()
         scores = {item.item_id: score for item, score in outlook.near}
         pinned = [
@@ -76,24 +77,23 @@ class Retriever:
             degraded=self._search.used and outlook.scanned and bool(vector) and query.as_of is None,
         )
 
-    async def _now(self, query: Query, vector: Vector, limit: int) -> Outlook:
+    async def _now(self, query: Query, vector: Vector, embedder: Embedder, limit: int) -> Outlook:
         types, most = query.types or tuple(MemoryType), min(MOST_FETCHED, OVERFETCH * limit)
         looking: Looking | None = None
         if vector:
-            embedder = self._embedders.serving.name
-            looking = Looking(vector, embedder, await self._search.near(
-                embedder, query.user_id, vector, types=types, most=most
+            looking = Looking(vector, embedder.name, await self._search.near(
+                embedder.name, query.user_id, vector, types=types, most=most
             ))
         return await self._memories.look(
-            query.user_id, looking, types=types, most=most, floor=self._floor, most_constraints=MOST_PINNED
+            query.user_id, looking, types=types, most=most, floor=self._floor(embedder),
+            most_constraints=MOST_PINNED,
         )
 
-    @property
-    def _floor(self) -> float:
+    def _floor(self, embedder: Embedder) -> float:
         given = self._policy.retrieve_floor
-        return self._embedders.serving.floors.retrieve if given is None else given
+        return embedder.floors.retrieve if given is None else given
 
-    async def _as_of(self, query: Query, moment: datetime, vector: Vector) -> Outlook:
+    async def _as_of(self, query: Query, moment: datetime, vector: Vector, embedder: Embedder) -> Outlook:
         settings = await self._memories.settings(query.user_id)
         if not settings.memory_enabled:
             return Outlook(settings, (), ())
@@ -104,15 +104,15 @@ class Retriever:
             ) if item.type in types and item.sensitivity <= settings.most_sensitive
         ]
         near = await self._memories.similarities(
-            query.user_id, vector, self._embedders.serving.name, [item.item_id for item in then]
+            query.user_id, vector, embedder.name, [item.item_id for item in then]
         ) if vector else {}
         found: list[tuple[Item, float]] = [
-            (item, near[item.item_id]) for item in then if near.get(item.item_id, -1.0) >= self._floor
+            (item, near[item.item_id]) for item in then if near.get(item.item_id, -1.0) >= self._floor(embedder)
         ]
         return Outlook(settings, tuple(found), tuple(item for item in then if item.type is MemoryType.CONSTRAINT))
 
-    async def _vector(self, query: Query) -> Vector:
+    async def _vector(self, query: Query, embedder: Embedder) -> Vector:
         try:
-            return await self._embedders.vector(query.user_id, query.text, lambda _: query.request_id)
+            return (await embedder.embed(query.user_id, [query.text], request_id=query.request_id)).vectors[0]
         except ModelCallFailed as failure:
             raise DependencyUnavailable(f"the embedder ({failure.reason})") from failure

@@ -47,6 +47,7 @@ from memory_worker.usecases.extraction import (
 )
 from memory_worker.usecases.memory_ports import (
     DecisionStore,
+    Embedder,
     ItemStore,
     Looking,
     MemoriesChanged,
@@ -262,7 +263,7 @@ class JobWorker:
         for _ in range(MOST_REDECISIONS):
             serving = self._embedders.serving
             floor = serving.floors.recall if self._policy.floor is None else self._policy.floor
-            vector = await self._vector(job, fact.content, key)
+            vector = await self._vector(job, serving, fact.content, key)
             most = self._policy.most_candidates
             near = await self._search.near(serving.name, job.user_id, vector, types=[fact.type], most=most)
             recall = await self._decisions.recall(
@@ -280,10 +281,11 @@ class JobWorker:
             vectors: Vectors = {}
             merged: Vectors = {}
             if plan.action is Action.ADD:
-                vectors = await self._embedders.vectors(job.user_id, fact.content, key, known=vector)
+                vectors = await self._embedders.vectors(job.user_id, fact.content, key, known={serving.name: vector})
             elif plan.action is Action.MERGE:
                 named = partial(_embed_key, job, plan.merged)
-                known = await self._vector(job, plan.merged, named)
+                now_serving = self._embedders.serving
+                known = {now_serving.name: await self._vector(job, now_serving, plan.merged, named)}
                 merged = await self._embedders.vectors(job.user_id, plan.merged, named, known=known)
             try:
                 await self._decisions.apply(Outcome(
@@ -296,14 +298,13 @@ class JobWorker:
             return
         raise ModelCallFailed("TRANSIENT", "MEMORIES_KEEP_CHANGING")
 
-    async def _vector(self, job: Job, text: str, key: Callable[[str], str]) -> Vector:
-        """By the embedder that serves; what it costs is the job's."""
-        serving = self._embedders.serving
-        name = key(serving.name)
-        if serving.charges:
+    async def _vector(self, job: Job, embedder: Embedder, text: str, key: Callable[[str], str]) -> Vector:
+        """What it costs is the job's."""
+        name = key(embedder.name)
+        if embedder.charges:
             await self._answers.begin(job, name, "embed")
-        made = await serving.embed(job.user_id, [text], request_id=name)
-        if serving.charges:
+        made = await embedder.embed(job.user_id, [text], request_id=name)
+        if embedder.charges:
             await self._answers.keep(
                 job, name, ModelAnswer("", made.tokens, made.credit_micros, made.call_id)
             )

@@ -94,7 +94,7 @@ def test_a_contradiction_supersedes_explains_and_can_be_undone(mesh: Mesh, user:
     assert decision.action == memory_pb2.ACTION_ADD
     assert [each.relation for each in decision.candidates] == [memory_pb2.RELATION_CONFLICT]
     assert list(decision.item_ids) == [new.item_id, old.item_id]
-    assert (decision.policy, decision.prompts) == ("set/1", "extract/1 compare/1")
+    assert (decision.policy, decision.prompts) == ("set/1", "extract/2 compare/1")
     why = mesh.memories.ExplainDecision(pb.ExplainDecisionRequest(user_id=user, item_id=new.item_id), timeout=10)
     assert "contradicts it" in why.explanation
     assert "The user lives in Lisbon" in why.explanation

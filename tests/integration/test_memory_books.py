@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from memory_worker.clients.hashed_embedder import HashedEmbedder
+from memory_worker.clients.hashed_embedder import HashedEmbedder, vector_of
+from memory_worker.domain.item import MemoryType
 from memory_worker.domain.job import JobState, Said, TurnText
 from memory_worker.storage.decisions import PostgresDecisions
 from memory_worker.storage.item_writer import ItemWriter
@@ -21,7 +22,7 @@ from memory_worker.storage.jobs import PostgresJobs
 from memory_worker.storage.upkeep import PostgresUpkeep
 from memory_worker.usecases.embedding import Embedders
 from memory_worker.usecases.manage_items import ItemKeeper
-from memory_worker.usecases.memory_ports import Retention
+from memory_worker.usecases.memory_ports import Looking, Retention
 from memory_worker.usecases.ports import Policy, Turn
 from memory_worker.usecases.vector_index import IndexSearch
 from memory_worker.usecases.work_jobs import JobWorker
@@ -178,3 +179,17 @@ async def test_a_job_that_runs_is_not_pruned(store: Store) -> None:
     await store.jobs.claim("w", limit=1, lease=timedelta(seconds=30))
     await store.do("UPDATE job SET created_at = 'epoch', occurred_at = 'epoch'")
     assert (await store.upkeep.prune(KEPT, limit=100))["job"] == 0
+
+
+async def test_vectors_of_another_length_under_the_same_name_are_passed_over(store: Store) -> None:
+    """As when another model was put behind the same alias."""
+    made = await store.keeper.create("u", MemoryType.FACT, "likes tea", actor="t")
+    other = await store.keeper.create("u", MemoryType.FACT, "likes green tea", actor="t")
+    await store.do("UPDATE embedding SET vector = '[1,2,3]' WHERE item_id = %s", other.item_id)
+    looking = Looking(vector_of("tea"), HashedEmbedder.name)
+    outlook = await store.items.look(
+        "u", looking, types=list(MemoryType), most=5, floor=-1.0, most_constraints=5
+    )
+    assert [item.item_id for item, _ in outlook.near] == [made.item_id]
+    near = await store.items.similarities("u", looking.vector, looking.embedder, [made.item_id, other.item_id])
+    assert set(near) == {made.item_id}

@@ -98,7 +98,7 @@ async def test_a_new_embedder_is_filled_in_uncharged_and_then_serves() -> None:
     embedders = embedders_of(new, upkeep, old)
     await embedders.announce()
     assert embedders.serving is old
-    assert set(await embedders.vectors("u", "x", str, known=(1.0,))) == {"old", "newer"}
+    assert set(await embedders.vectors("u", "x", str, known={"old": (1.0,)})) == {"old", "newer"}
     assert old.asked == []
     assert new.asked == [("newer", True)], "what is filled in is not the user's to pay"
     await embedders.fill()
@@ -108,6 +108,17 @@ async def test_a_new_embedder_is_filled_in_uncharged_and_then_serves() -> None:
     await embedders.fill()
     assert embedders.serving is new
     assert embedders.filling is None
+
+
+async def test_a_vector_that_was_made_before_the_switch_is_not_taken_for_the_new_ones() -> None:
+    old, new, upkeep = FakeEmbedder("old"), FakeEmbedder("newer"), FakeUpkeep()
+    await embedders_of(old, upkeep).announce()
+    embedders = embedders_of(new, upkeep, old)
+    await embedders.announce()
+    before = await embedders.vectors("u", "four", str)
+    upkeep.settled = True
+    await embedders.fill()
+    assert await embedders.vectors("u", "four", str, known={"old": before["old"]}) == {"newer": (4.0, 5.0)}
 
 
 async def test_a_new_embedder_that_fails_harms_nothing() -> None:
@@ -131,7 +142,7 @@ async def test_a_process_that_can_not_make_the_serving_one_says_so() -> None:
     await embedders.announce()
     assert not embedders.can_fill
     with pytest.raises(DependencyUnavailable, match="exotic"):
-        await embedders.vector("u", "x", str)
+        await embedders.vectors("u", "x", str)
 
 
 class FakeIndex:
