@@ -21,7 +21,7 @@ from tests.support.milvus import Milvus
 COLLECTION = "creditmesh_" + "".join(letter if letter.isalnum() else "_" for letter in HashedEmbedder.name)
 KINDS = ("tea", "jazz", "chess", "opera", "hiking", "sailing", "novels", "cats")
 QUERY = "does the user like jazz from the south?"
-SEARCH_SECONDS = 0.3
+SEARCH_SECONDS = 1.0
 
 
 def told(mesh: Mesh) -> bool:
