@@ -366,7 +366,7 @@ class Decision(_message.Message):
     policy: _builtins.str
     """Rules by which it was decided, e.g. set/1."""
     recall: _builtins.str
-    """How the candidates were found: vector or scan."""
+    """How the candidates were found: index (proposed by the vector database) or scan (each of the user's was compared)."""
     prompts: _builtins.str
     """Prompt versions, e.g. extract/1 compare/1."""
     @_builtins.property
