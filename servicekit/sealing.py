@@ -80,7 +80,7 @@ class Sealer:
         )
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            raise KeyUnknown(f"what belongs to {bound_to} is sealed under another key")
+            raise KeyUnknown(f"what belongs to {bound_to} is sealed under another secret key")
         try:
             return cipher.decrypt(nonce, box, bound_to.encode())
         except (InvalidTag, ValueError):

@@ -65,7 +65,7 @@ class Job:
     tokens: int = 0
     credit_micros: int = 0
     has_decisions: bool = True
-    """It may have decided something already, in an earlier try."""
+    """It had decided something already when it was claimed."""
 
 
 def wait_after(tries: int, *, draw: float) -> timedelta:

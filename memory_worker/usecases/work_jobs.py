@@ -238,7 +238,9 @@ class JobWorker:
             facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown, said_at=job.occurred_at)
         except ValueError as error:
             raise ModelCallFailed("PERMANENT", f"EXTRACTION_UNREADABLE: {error}") from None
-        decisions = await self._decisions.decisions_of(job.user_id, job.job_id) if job.has_decisions else []
+        # A try that was overtaken may have decided something since this one was claimed.
+        may_have = job.has_decisions or job.tries > 1
+        decisions = await self._decisions.decisions_of(job.user_id, job.job_id) if may_have else []
         decided, number = {each.fact.digest for each in decisions}, len(decisions) - 1
         for fact, objection in facts:
             if fact.digest in decided:
