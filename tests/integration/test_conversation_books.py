@@ -59,32 +59,37 @@ class Store:
     database: Database
 
 
+async def open_store(stack: AsyncExitStack, databases: Databases, *, seals: bool) -> Store:
+    """On a database of its own, until the stack is left."""
+    database = Database(databases.make("llm"), schema="llm", application_name="test", pool_size=4)
+    await database.open()
+    stack.push_async_callback(database.close)
+    sealer = KeySealer([bytes(32)])
+    box = ContentBox(sealer, seals=seals)
+    rows = ConversationRows(box, message_to_bytes=message_to_bytes, message_from_bytes=message_from_bytes)
+
+    def event_of(record: CallRecord, *, corrects: bool = False) -> tuple[str, str, str, bytes]:
+        event_id = f"correct:{record.call_id}" if corrects else str(record.call_id)
+        return event_id, "charge", "charges", charge_requested_to_bytes(record, corrects=corrects)
+
+    def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
+        return end.turn.user_id, str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record, Sealer([]))
+
+    journal = PostgresCallJournal(
+        database, database, event_of=event_of, sealer=sealer, answer_to_bytes=answer_to_bytes,
+        answer_from_bytes=answer_from_bytes, wake_relay=lambda: None, lease=timedelta(seconds=1),
+        turns=TurnRows(box, message_to_bytes=message_to_bytes, event_of=turn_event_of),
+    )
+    stack.push_async_callback(journal.close)
+    return Store(
+        PostgresConversations(database, rows), PostgresConversationTasks(database, rows), journal, database
+    )
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "sealed"])
 async def store(databases: Databases, request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     async with AsyncExitStack() as stack:
-        database = Database(databases.make("llm"), schema="llm", application_name="test", pool_size=4)
-        await database.open()
-        stack.push_async_callback(database.close)
-        sealer = KeySealer([bytes(32)])
-        box = ContentBox(sealer, seals=request.param)
-        rows = ConversationRows(box, message_to_bytes=message_to_bytes, message_from_bytes=message_from_bytes)
-
-        def event_of(record: CallRecord, *, corrects: bool = False) -> tuple[str, str, str, bytes]:
-            event_id = f"correct:{record.call_id}" if corrects else str(record.call_id)
-            return event_id, "charge", "charges", charge_requested_to_bytes(record, corrects=corrects)
-
-        def turn_event_of(end: TurnEnd, record: CallRecord) -> tuple[str, str, str, str, bytes] | None:
-            return end.turn.user_id, str(end.turn.message_id), "turn", "turns", turn_completed_to_bytes(end, record, Sealer([]))
-
-        journal = PostgresCallJournal(
-            database, database, event_of=event_of, sealer=sealer, answer_to_bytes=answer_to_bytes,
-            answer_from_bytes=answer_from_bytes, wake_relay=lambda: None, lease=timedelta(seconds=1),
-            turns=TurnRows(box, message_to_bytes=message_to_bytes, event_of=turn_event_of),
-        )
-        stack.push_async_callback(journal.close)
-        yield Store(
-            PostgresConversations(database, rows), PostgresConversationTasks(database, rows), journal, database
-        )
+        yield await open_store(stack, databases, seals=request.param)
 
 
 def conversation(user: str) -> Conversation:
