@@ -24,6 +24,7 @@ from memory_worker.usecases.embedding import Embedders
 from memory_worker.usecases.keep_house import Housekeeper, Rhythm
 from memory_worker.usecases.manage_items import ItemKeeper
 from memory_worker.usecases.memory_ports import VectorIndex
+from memory_worker.usecases.replay_jobs import JobReplayer
 from memory_worker.usecases.retrieve import Retriever
 from memory_worker.usecases.vector_index import IndexKeeper, IndexSearch
 from memory_worker.usecases.work_jobs import JobWorker
@@ -103,9 +104,10 @@ async def serve(settings: Settings) -> None:
             index, PostgresIndexOutbox(database), serving=lambda: embedders.serving.name, clock=clock
         )
     reader = TurnReader(Sealer(settings.turn_keys()))
+    models = GrpcModels(channel, token)
     owner = f"{os.uname().nodename}:{os.getpid()}:{ids.new_id()}"
     worker = JobWorker(
-        jobs, jobs, items, decisions, GrpcModels(channel, token), embedders, search, opened=reader.opened,
+        jobs, jobs, items, decisions, models, embedders, search, opened=reader.opened,
         policy=policy, owner=owner, most_running=settings.most_running_jobs, faults=faults_from(settings.fault),
         ended=metrics.ended,
     )
@@ -120,6 +122,7 @@ async def serve(settings: Settings) -> None:
         jobs=jobs, turns=reader, items=items, decisions=decisions, upkeep=upkeep, embedders=embedders,
         index=index_keeper,
         keeper=ItemKeeper(items, decisions, jobs, embedders, policy=policy, clock=clock, ids=ids),
+        replayer=JobReplayer(jobs, items, decisions, models, policy=policy, opened=reader.opened),
         retriever=Retriever(items, embedders, search, policy=policy, clock=clock), wake=worker.wake, clock=clock,
         ids=ids,
     ))

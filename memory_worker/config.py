@@ -35,7 +35,7 @@ class Settings(ServerSettings):
     most_running_jobs: int = Field(default=16, ge=1, le=1000)
     policy: Literal["set", "legacy"] = "set"
     pairwise: bool = False
-    confirm: bool = True
+    agreeing: int = Field(default=3, ge=1, le=9)
     most_candidates: int = Field(default=5, ge=1, le=20)
     floor: float | None = Field(default=None, ge=-1, le=1)
     retrieve_floor: float | None = Field(default=None, ge=-1, le=1)
@@ -80,7 +80,7 @@ class Settings(ServerSettings):
     def policy_of(self) -> Policy:
         """What the pipeline is told."""
         return Policy(
-            decision=self.policy, pairwise=self.pairwise, confirm=self.confirm,
+            decision=self.policy, pairwise=self.pairwise, agreeing=self.agreeing,
             most_candidates=self.most_candidates, floor=self.floor,
             retrieve_floor=self.retrieve_floor, least_confidence=self.least_confidence, most_calls=self.most_calls,
             detectors=policy_from_text(self.detectors),

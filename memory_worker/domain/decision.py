@@ -35,6 +35,16 @@ class Action(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """An item that a fact is compared with, of the fact's type, and how similar it is (0..1)."""
+
+    item_id: UUID
+    version: int
+    content: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """One candidate and what the comparer said of it. `merged` is the whole text of an UPDATE."""
 
@@ -48,16 +58,19 @@ class Verdict:
 
 
 CONSEQUENTIAL = frozenset({Relation.DUPLICATE, Relation.UPDATE, Relation.CONFLICT})
-"""Relations by which something is closed, rewritten, or not written: worth a second question, because a judge that errs
-once in twenty errs twice in a row once in hundreds."""
+"""Relations by which something is closed, rewritten, or not written: worth being asked for again, because a judge that
+errs once in twenty errs three times alike once in thousands."""
 
 
-def majority(relations: Sequence[Relation]) -> Relation | None:
-    """What two of at most three judgements say; None = a third is needed; UNKNOWN = three differ."""
-    for relation in relations:
-        if relation is not Relation.UNKNOWN and relations.count(relation) >= 2:
+def agreed(relations: Sequence[Relation], needed: int) -> Relation | None:
+    """What `needed` of at most 2 * needed - 1 judgements say; None = more are needed; UNKNOWN = so many can no longer
+    agree."""
+    left = 2 * needed - 1 - len(relations)
+    counts = {each: relations.count(each) for each in Relation if each is not Relation.UNKNOWN}
+    for relation, count in counts.items():
+        if count >= needed:
             return relation
-    return Relation.UNKNOWN if len(relations) >= 3 else None
+    return None if max(counts.values()) + left >= needed else Relation.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

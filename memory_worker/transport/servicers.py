@@ -18,6 +18,7 @@ from memory_worker.usecases.embedding import Embedders
 from memory_worker.usecases.manage_items import ItemKeeper
 from memory_worker.usecases.memory_ports import DecisionStore, IndexAway, ItemStore, Upkeep
 from memory_worker.usecases.ports import JobQueue
+from memory_worker.usecases.replay_jobs import JobReplayer
 from memory_worker.usecases.retrieve import Query, Retriever
 from memory_worker.usecases.vector_index import IndexKeeper
 from memory_worker.wire.memories import (
@@ -56,6 +57,7 @@ class MemoryParts:
     embedders: Embedders
     index: IndexKeeper | None
     keeper: ItemKeeper
+    replayer: JobReplayer
     retriever: Retriever
     wake: Callable[[], None]
     clock: Clock
@@ -102,8 +104,20 @@ class MemoryServicer(memory_service_pb2_grpc.MemoryServiceServicer):
         return pb.RetryJobResponse(job=job_to_proto(job))
 
     async def ReplayJob(self, request: pb.ReplayJobRequest, context: Context) -> pb.ReplayJobResponse:
-        replayed = await self._parts.keeper.replay(UUID(request.job_id), request.policy)
-        return pb.ReplayJobResponse(decisions=[replayed_to_proto(each) for each in replayed])
+        turn = None
+        if request.HasField("turn"):
+            try:
+                turn = self._parts.turns.turn_of(request.turn, now=self._parts.clock.now())
+            except UndecodableTurn as error:
+                raise InvalidField.of("turn", str(error)) from None
+        replay = await self._parts.replayer.replay(
+            UUID(request.job_id), policy=request.policy, judge_again=request.judge_again, turn=turn,
+            billed_to=request.billed_to,
+        )
+        return pb.ReplayJobResponse(
+            decisions=[replayed_to_proto(each) for each in replay.decisions], prompts=replay.prompts,
+            calls=replay.calls, tokens=replay.tokens, credit_micros=replay.credit_micros,
+        )
 
     # Items
 
@@ -256,9 +270,12 @@ def _uuid_of(text: str, field: str) -> UUID:
         raise InvalidField.of(field, "must be a UUID") from None
 
 
-READ = ("GetJob", "ListJobs", "Retrieve", "ListItems", "GetItem", "ListAudit", "ExplainDecision", "ReplayJob",
-        "GetSettings")
-WRITE = ("SubmitTurns", "RetryJob", "CreateItem", "UpdateItem", "DeleteItem", "RestoreItem", "UpdateSettings")
+READ = (
+    "GetJob", "ListJobs", "Retrieve", "ListItems", "GetItem", "ListAudit", "ExplainDecision", "GetSettings",
+)
+WRITE = (
+    "SubmitTurns", "RetryJob", "ReplayJob", "CreateItem", "UpdateItem", "DeleteItem", "RestoreItem", "UpdateSettings",
+)
 ADMIN = ("EraseUser", "GetIndexStatus")
 
 

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from memory_worker.domain.decision import Relation, Verdict
+from memory_worker.domain.decision import Candidate, Relation, Verdict
 from memory_worker.domain.detectors import check
-from memory_worker.domain.item import MOST_CONTENT, MOST_TITLE, Fact, Item, MemoryType, normalised, one_line, title_of
+from memory_worker.domain.item import MOST_CONTENT, MOST_TITLE, Fact, MemoryType, normalised, one_line, title_of
 from memory_worker.domain.job import Job, Said
 from memory_worker.usecases.memory_ports import UserSettings
 from memory_worker.usecases.ports import Policy
 
 EXTRACT_ALIAS, COMPARE_ALIAS = "memory_extract", "memory_decision_compare"
 EXTRACT_SCENE, COMPARE_SCENE = "memory.extract", "memory.compare"
-EXTRACT_VERSION, COMPARE_VERSION = "extract/2", "compare/1"
+EXTRACT_VERSION, COMPARE_VERSION = "extract/2", "compare/2"
 PROMPTS = f"{EXTRACT_VERSION} {COMPARE_VERSION}"
 USER_ROLE = 3
 MOST_RAW_FACTS = 20
@@ -89,14 +89,16 @@ def extraction_data(job: Job) -> str:
     }, ensure_ascii=False)
 
 
-def comparison_data(fact: Fact, candidates: Sequence[tuple[Item, float]]) -> str:
-    return json.dumps({
-        "new": {"type": fact.type.name.lower(), "content": fact.content},
+def comparison_data(fact: Fact, candidates: Sequence[Candidate], *, turned: bool = False) -> str:
+    """`turned`: what is known before what is new."""
+    kind = fact.type.name.lower()
+    data = {
+        "new": {"type": kind, "content": fact.content},
         "known": [
-            {"index": index, "type": item.type.name.lower(), "content": item.content}
-            for index, (item, _) in enumerate(candidates)
+            {"index": index, "type": kind, "content": each.content} for index, each in enumerate(candidates)
         ],
-    }, ensure_ascii=False)
+    }
+    return json.dumps(dict(reversed(data.items())) if turned else data, ensure_ascii=False)
 
 
 def facts_in(
@@ -175,7 +177,7 @@ def _moment(value: Any) -> datetime | None:
         return None
 
 
-def verdicts_in(answer: str, candidates: Sequence[tuple[Item, float]], policy: Policy) -> list[Verdict]:
+def verdicts_in(answer: str, candidates: Sequence[Candidate], policy: Policy) -> list[Verdict]:
     """One verdict for each candidate; what was not said, or makes no sense, is UNKNOWN, never unrelated."""
     said: dict[int, Mapping[str, Any]] = {}
     try:
@@ -190,7 +192,7 @@ def verdicts_in(answer: str, candidates: Sequence[tuple[Item, float]], policy: P
                 contradictory.add(index)
             said[index] = value
     verdicts = []
-    for index, (item, score) in enumerate(candidates):
+    for index, each in enumerate(candidates):
         value = said.get(index, {})
         relation = {
             "duplicate": Relation.DUPLICATE, "update": Relation.UPDATE, "conflict": Relation.CONFLICT,
@@ -201,8 +203,8 @@ def verdicts_in(answer: str, candidates: Sequence[tuple[Item, float]], policy: P
             relation = Relation.UNKNOWN
         reason = check(one_line(str(value.get("reason") or ""), 300), policy.detectors)
         verdicts.append(Verdict(
-            item.item_id, item.version, round(score, 6), relation,
-            merged=merged.text if relation is Relation.UPDATE else "", reason=reason.text, content=item.content,
+            each.item_id, each.version, round(each.score, 6), relation,
+            merged=merged.text if relation is Relation.UPDATE else "", reason=reason.text, content=each.content,
         ))
     return verdicts
 

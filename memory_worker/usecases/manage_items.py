@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from memory_worker.domain.decision import Action, Plan, Relation, decide
+from memory_worker.domain.decision import Action, Relation
 from memory_worker.domain.detectors import check
 from memory_worker.domain.errors import ContentRefused, DecisionNotFound, ItemNotFound, JobNotFound, JobNotRetryable
 from memory_worker.domain.item import (
@@ -35,15 +34,6 @@ WORDS = {
     Relation.DUPLICATE: "says the same", Relation.UPDATE: "is refined by it", Relation.CONFLICT: "contradicts it",
     Relation.UNRELATED: "is about something else", Relation.UNKNOWN: "was not judged",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """A decision and what another policy would make of what was seen."""
-
-    decision: Decision
-    plan: Plan
-    same: bool
 
 
 class ItemKeeper:
@@ -116,19 +106,6 @@ class ItemKeeper:
         if decision is None:
             raise DecisionNotFound("there is no such decision; what was written by hand has none")
         return decision, explanation_of(decision)
-
-    async def replay(self, job_id: UUID, policy: str) -> list[Replayed]:
-        """From what was seen then; nothing is asked and nothing is written."""
-        job = await self.job(job_id, "")
-        replayed = []
-        for each in await self._decisions.decisions_of(job.user_id, job_id):
-            if each.reason != "COMPARED":
-                replayed.append(Replayed(each, Plan(each.action), same=True))
-                continue
-            plan = decide(policy or self._policy.decision, each.verdicts)
-            made = decide(each.policy.partition("/")[0], each.verdicts)
-            replayed.append(Replayed(each, plan, same=plan == made))
-        return replayed
 
     async def job(self, job_id: UUID, user_id: str) -> Job:
         found = await self._jobs.get(job_id, user_id)

@@ -137,7 +137,7 @@ class Policy:
 
     decision: str = "set"
     pairwise: bool = False
-    confirm: bool = True
+    agreeing: int = 3
     most_candidates: int = 5
     floor: float | None = None
     retrieve_floor: float | None = None

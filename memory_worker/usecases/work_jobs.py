@@ -10,41 +10,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
-from memory_worker.domain.decision import (
-    CONSEQUENTIAL,
-    POLICY_VERSIONS,
-    Action,
-    Plan,
-    Relation,
-    Verdict,
-    decide,
-    majority,
-)
-from memory_worker.domain.item import Fact, Item
+from memory_worker.domain.decision import POLICY_VERSIONS, Action, Candidate, Plan, Verdict, decide
+from memory_worker.domain.item import Fact
 from memory_worker.domain.job import CREDIT_WAIT, MOST_TRIES, Job, JobState, call_key, wait_after
 from memory_worker.usecases.embedding import Embedders
-from memory_worker.usecases.extraction import (
-    COMPARE_ALIAS,
-    COMPARE_INSTRUCTIONS,
-    COMPARE_SCENE,
-    COMPARE_SCHEMA,
-    COMPARE_VERSION,
-    EXTRACT_ALIAS,
-    EXTRACT_INSTRUCTIONS,
-    EXTRACT_SCENE,
-    EXTRACT_SCHEMA,
-    EXTRACT_VERSION,
-    PROMPTS,
-    USER_ROLE,
-    comparison_data,
-    extraction_data,
-    facts_in,
-    verdicts_in,
-)
+from memory_worker.usecases.extraction import PROMPTS, USER_ROLE
+from memory_worker.usecases.judging import Ask, Question, facts_of, verdicts_of
 from memory_worker.usecases.memory_ports import (
     DecisionStore,
     Embedder,
@@ -52,7 +26,6 @@ from memory_worker.usecases.memory_ports import (
     Looking,
     MemoriesChanged,
     Outcome,
-    Recall,
     Vector,
     Vectors,
 )
@@ -78,8 +51,6 @@ BEAT_SECONDS = 8.0
 POLL_SECONDS = 0.2
 MOST_REDECISIONS = 10
 MOST_CUT_ANSWERS = 4
-MOST_JUDGEMENTS = 3
-"""How often a comparer is asked that leaves a verdict out; then the job is dead, and nothing was decided."""
 
 
 class JobWorker:
@@ -228,16 +199,9 @@ class JobWorker:
             return "MEMORY_OFF"
         if not any(each.role == USER_ROLE and each.text.strip() for each in job.turn.said):
             return "NOTHING_SAID"
-        calls = _Budget(self._policy.most_calls)
-        answer = await self._ask(
-            job, calls, "extract", EXTRACT_SCENE, EXTRACT_ALIAS, EXTRACT_INSTRUCTIONS, extraction_data(job),
-            EXTRACT_SCHEMA, (EXTRACT_VERSION, EXTRACT_ALIAS),
-        )
+        ask = self._asker(job, _Budget(self._policy.most_calls))
         shown = await self._items.contents_of(job.user_id, job.turn.memory_ids)
-        try:
-            facts = facts_in(answer, settings=settings, policy=self._policy, shown=shown, said_at=job.occurred_at)
-        except ValueError as error:
-            raise ModelCallFailed("PERMANENT", f"EXTRACTION_UNREADABLE: {error}") from None
+        facts = await facts_of(ask, job, settings=settings, policy=self._policy, shown=shown)
         # A try that was overtaken may have decided something since this one was claimed.
         may_have = job.has_decisions or job.tries > 1
         decisions = await self._decisions.decisions_of(job.user_id, job.job_id) if may_have else []
@@ -250,7 +214,7 @@ class JobWorker:
             if objection:
                 await self._drop(job, owner, number, fact, objection)
             else:
-                await self._decide(job, owner, calls, number, fact)
+                await self._decide(job, owner, ask, number, fact)
             self._faults.reach(FaultPoint.FACT_DECIDED)
         return "" if facts else "NOTHING_TO_REMEMBER"
 
@@ -259,7 +223,7 @@ class JobWorker:
             job, number, fact, Plan(Action.DROP), objection, (), 0, "", self._policy_version, PROMPTS
         ), owner)
 
-    async def _decide(self, job: Job, owner: str, calls: _Budget, number: int, fact: Fact) -> None:
+    async def _decide(self, job: Job, owner: str, ask: Ask, number: int, fact: Fact) -> None:
         """Until the memories stand still between recall and writing."""
         key = partial(_embed_key, job, fact.digest)
         for _ in range(MOST_REDECISIONS):
@@ -276,7 +240,9 @@ class JobWorker:
             if recall.exact is not None:
                 plan, reason = Plan(Action.KEEP, recall.exact.item_id), "EXACT"
             else:
-                verdicts = await self._compare(job, calls, fact, recall)
+                verdicts = await verdicts_of(ask, fact, [
+                    Candidate(item.item_id, item.version, item.content, score) for item, score in recall.candidates
+                ], self._policy)
                 plan, reason = decide(self._policy.decision, verdicts), "COMPARED"
                 if plan.action is Action.RETRY:
                     raise ModelCallFailed("PERMANENT", "VERDICT_UNKNOWN")
@@ -312,70 +278,28 @@ class JobWorker:
             )
         return made.vectors[0]
 
-    async def _compare(self, job: Job, calls: _Budget, fact: Fact, recall: Recall) -> list[Verdict]:
-        """One call for all candidates, or one for each."""
-        groups = [[each] for each in recall.candidates] if self._policy.pairwise else [list(recall.candidates)]
-        verdicts: list[Verdict] = []
-        for group in filter(None, groups):
-            seen = [(str(item.item_id), item.version) for item, _ in group]
-            judged: list[Verdict] = []
-            for again in range(MOST_JUDGEMENTS):
-                answer = await self._ask(
-                    job, calls, "compare", COMPARE_SCENE, COMPARE_ALIAS, COMPARE_INSTRUCTIONS,
-                    comparison_data(fact, group), COMPARE_SCHEMA,
-                    (fact.digest, seen, COMPARE_VERSION, COMPARE_ALIAS, again),
-                )
-                judged = verdicts_in(answer, group, self._policy)
-                if all(each.relation is not Relation.UNKNOWN for each in judged):
-                    break
-            if self._policy.confirm:
-                judged = [
-                    await self._confirmed(job, calls, fact, candidate, verdict)
-                    for candidate, verdict in zip(group, judged, strict=True)
-                ]
-            verdicts += judged
-        return verdicts
-
-    async def _confirmed(
-        self, job: Job, calls: _Budget, fact: Fact, candidate: tuple[Item, float], verdict: Verdict
-    ) -> Verdict:
-        """A verdict that has consequences is asked for again, of this candidate alone, until two judgements agree."""
-        if verdict.relation not in CONSEQUENTIAL:
-            return verdict
-        seen = [(str(candidate[0].item_id), candidate[0].version)]
-        heard = [verdict]
-        while (agreed := majority([each.relation for each in heard])) is None:
-            answer = await self._ask(
-                job, calls, "compare", COMPARE_SCENE, COMPARE_ALIAS, COMPARE_INSTRUCTIONS,
-                comparison_data(fact, [candidate]), COMPARE_SCHEMA,
-                (fact.digest, seen, COMPARE_VERSION, COMPARE_ALIAS, "confirm", len(heard)),
-            )
-            heard += verdicts_in(answer, [candidate], self._policy)
-        same = [each for each in heard if each.relation is agreed]
-        return same[0] if same else replace(verdict, relation=Relation.UNKNOWN, merged="")
-
-    async def _ask(
-        self, job: Job, calls: _Budget, stage: str, scene: str, alias: str, instructions: str, data: str, schema: str,
-        parts: tuple[object, ...],
-    ) -> str:
+    def _asker(self, job: Job, calls: _Budget) -> Ask:
         """From the journal, or from the model and then into the journal. An answer that was cut, because the worker
         died while it was given, was paid for and is of no use: it is journalled, and asked for under another name."""
-        for again in range(MOST_CUT_ANSWERS):
-            key = call_key(job, stage, *parts, again)
-            answer = await self._answers.begin(job, key, stage)
-            if answer is None:
-                calls.take()
-                self._faults.reach(FaultPoint.BEFORE_ASKING)
-                answer = await self._models.ask(ModelQuestion(
-                    key, job.user_id, scene, alias, instructions, data, f"memory_{stage}", schema,
-                    job.turn.traceparent,
-                ))
-                self._faults.reach(FaultPoint.ANSWERED)
-                await self._answers.keep(job, key, answer)
-                self._faults.reach(FaultPoint.ANSWER_KEPT)
-            if answer.text:
-                return answer.text
-        raise ModelCallFailed("PERMANENT", "NO_WHOLE_ANSWER")
+        async def ask(question: Question) -> str:
+            for again in range(MOST_CUT_ANSWERS):
+                key = call_key(job, question.stage, *question.parts, again)
+                answer = await self._answers.begin(job, key, question.stage)
+                if answer is None:
+                    calls.take()
+                    self._faults.reach(FaultPoint.BEFORE_ASKING)
+                    answer = await self._models.ask(ModelQuestion(
+                        key, job.user_id, question.scene, question.alias, question.instructions, question.data,
+                        f"memory_{question.stage}", question.schema, job.turn.traceparent,
+                    ))
+                    self._faults.reach(FaultPoint.ANSWERED)
+                    await self._answers.keep(job, key, answer)
+                    self._faults.reach(FaultPoint.ANSWER_KEPT)
+                if answer.text:
+                    return answer.text
+            raise ModelCallFailed("PERMANENT", "NO_WHOLE_ANSWER")
+
+        return ask
 
     @property
     def _policy_version(self) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 from creditmesh.memory.v1 import memory_pb2, memory_service_pb2
 
-from memory_worker.domain.decision import Action, Verdict
+from memory_worker.domain.decision import Verdict
 from memory_worker.domain.item import Fact, Item, MemoryType
 from memory_worker.domain.job import Job
 from memory_worker.domain.ranking import Ranked
-from memory_worker.usecases.manage_items import CHANGEABLE, Replayed
+from memory_worker.usecases.manage_items import CHANGEABLE
 from memory_worker.usecases.memory_ports import AuditEntry, Decision, UserSettings
+from memory_worker.usecases.replay_jobs import Replayed
 from servicekit.core.errors import InvalidField
 from servicekit.rpc.times import optional_timestamp_to_proto, timestamp_from_proto, timestamp_to_proto
 
@@ -95,12 +96,11 @@ def retrieved_to_proto(ranked: Ranked, *, explain: bool) -> memory_service_pb2.R
 
 def replayed_to_proto(replayed: Replayed) -> memory_service_pb2.ReplayedDecision:
     return memory_service_pb2.ReplayedDecision(
-        decision_id=str(replayed.decision.decision_id),
-        action=memory_pb2.Action.ValueType(replayed.decision.action),
-        replayed_action=memory_pb2.Action.ValueType(
-            Action.DROP if replayed.plan.action is Action.RETRY else replayed.plan.action
-        ),
-        superseded=map(str, replayed.plan.superseded), same=replayed.same,
+        decision_id=str(replayed.decision.decision_id) if replayed.decision else "",
+        action=memory_pb2.Action.ValueType(replayed.decision.action if replayed.decision else 0),
+        replayed_action=memory_pb2.Action.ValueType(replayed.plan.action), same=replayed.same,
+        superseded=map(str, replayed.plan.superseded), content=replayed.fact.content, found=replayed.found,
+        candidates=map(_candidate_to_proto, replayed.verdicts),
     )
 
 

@@ -34,7 +34,7 @@ from tests.support.databases import Databases
 from tests.support.ledger_models import LedgerModels
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
-POLICY = Policy(confirm=False, most_calls=100)
+POLICY = Policy(agreeing=1, most_calls=100)
 KEPT = Retention(answers=timedelta(days=7), ended_items=timedelta(days=90), ended_jobs=timedelta(days=400))
 
 

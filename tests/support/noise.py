@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from memory_worker.domain.decision import CONSEQUENTIAL, Action, Relation, Verdict, decide, majority
+from memory_worker.domain.decision import CONSEQUENTIAL, Action, Relation, Verdict, agreed, decide
 
 USERS = 50
 FACTS_OF_A_USER = 42
@@ -41,8 +41,8 @@ class Belief:
 
 def run(policy: str, flips: float, *, seed: int) -> Damage:
     """Facts (topic, value) of each user, one after the other; a true judge is flipped with probability `flips`. An error
-    of the comparer (half of the flips) is UNKNOWN: `set` asks again, `legacy` takes it for unrelated. `set-once` is
-    `set` without second judgements."""
+    of the comparer (half of the flips) is UNKNOWN: `set` asks again, `legacy` takes it for unrelated. `set-3` is `set`
+    where three judgements have to agree on what has consequences."""
     chance, damage = random.Random(seed), Damage()
     for user in range(USERS):
         active: list[Belief] = []
@@ -65,17 +65,18 @@ def _remember(
     policy: str, flips: float, chance: random.Random, damage: Damage, active: list[Belief], topic: int, value: int,
     item_id: UUID,
 ) -> None:
+    rules, _, needed = policy.partition("-")
     near = sorted(active, key=lambda belief: topic not in belief.says)[:CANDIDATES]
     while True:
         verdicts = []
         for rank, belief in enumerate(near):
             heard = [_judge(belief, topic, value, rank, flips, chance)]
-            if policy == "set" and heard[0].relation in CONSEQUENTIAL:
-                while (agreed := majority([each.relation for each in heard])) is None:
+            if needed and heard[0].relation in CONSEQUENTIAL:
+                while (common := agreed([each.relation for each in heard], int(needed))) is None:
                     heard.append(_judge(belief, topic, value, rank, flips, chance))
-                heard = [each for each in heard if each.relation is agreed] or [replace(heard[0], relation=Relation.UNKNOWN)]
+                heard = [each for each in heard if each.relation is common] or [replace(heard[0], relation=Relation.UNKNOWN)]
             verdicts.append(heard[0])
-        plan = decide(policy.partition("-")[0], verdicts)
+        plan = decide(rules, verdicts)
         if plan.action is not Action.RETRY:
             break
     by_id = {belief.item_id: belief for belief in active}

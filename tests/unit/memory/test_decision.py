@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_worker.domain.decision import Action, Plan, Relation, Verdict, aggregate, aggregate_legacy, decide, majority
+from memory_worker.domain.decision import Action, Plan, Relation, Verdict, aggregate, aggregate_legacy, agreed, decide
 
 SCORES = (0.9, 0.7, 0.7, 0.5, 0.3)
 
@@ -104,12 +104,20 @@ def test_the_legacy_policy_is_the_one_that_is_replaced() -> None:
     assert decide("legacy", []) == Plan(Action.ADD)
 
 
-def test_two_of_three_judgements_decide() -> None:
-    d, u, c, n, unknown = Relation
-    assert majority([c]) is None
-    assert majority([c, c]) is c
-    assert majority([c, n]) is None
-    assert majority([c, n, n]) is n
-    assert majority([c, n, d]) is unknown
-    assert majority([u, unknown]) is None
-    assert majority([u, unknown, unknown]) is unknown
+@pytest.mark.parametrize(("heard", "needed", "common"), [
+    ("c", 1, "c"), ("?", 1, "?"), ("c", 2, None), ("cc", 2, "c"), ("cn", 2, None), ("cnn", 2, "n"), ("cnd", 2, "?"),
+    ("u?", 2, None), ("u??", 2, "?"), ("cc", 3, None), ("ccc", 3, "c"), ("cdcd", 3, None), ("cdcdd", 3, "d"),
+    ("cdun", 3, "?"), ("???", 3, "?"), ("cc?d", 3, None), ("cc?d?", 3, "?"),
+])
+def test_a_verdict_counts_when_enough_judgements_agree(heard: str, needed: int, common: str | None) -> None:
+    names = dict(zip("ducn?", Relation, strict=True))
+    assert agreed([names[each] for each in heard], needed) is (None if common is None else names[common])
+
+
+@given(st.integers(1, 5), st.lists(st.sampled_from(list(Relation)), max_size=9))
+def test_as_many_judgements_as_may_be_needed_always_decide(needed: int, relations: list[Relation]) -> None:
+    most = 2 * needed - 1
+    padded = [*relations, *[Relation.UNKNOWN] * most][:most]
+    common = agreed(padded, needed)
+    assert common is not None
+    assert common is Relation.UNKNOWN or padded.count(common) >= needed

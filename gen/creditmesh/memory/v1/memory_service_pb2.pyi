@@ -877,19 +877,33 @@ class ReplayJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    JUDGE_AGAIN_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    BILLED_TO_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Identity of the job, a UUID."""
     policy: _builtins.str
     """set or legacy. Empty = the one in use."""
+    judge_again: _builtins.bool
+    """Whether the candidates that were recalled then are judged anew, by the prompt in use now. Costs credit."""
+    billed_to: _builtins.str
+    """Account that pays for what is asked anew; empty = the job's user."""
+    @_builtins.property
+    def turn(self) -> _turn_completed_pb2.TurnCompleted:
+        """The job's turn, which is not kept once a job is done, to be understood anew by the prompt in use now. Costs credit."""
+
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         policy: _builtins.str = ...,
+        judge_again: _builtins.bool = ...,
+        turn: _turn_completed_pb2.TurnCompleted | None = ...,
+        billed_to: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billed_to", b"billed_to", "job_id", b"job_id", "judge_again", b"judge_again", "policy", b"policy", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -902,18 +916,34 @@ class ReplayJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DECISIONS_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CREDIT_MICROS_FIELD_NUMBER: _builtins.int
+    prompts: _builtins.str
+    """Versions of the prompts by which it was asked anew; empty = nothing was."""
+    calls: _builtins.int
+    """Model calls made for this, those that an earlier replay had answered too."""
+    tokens: _builtins.int
+    """Their tokens, in and out."""
+    credit_micros: _builtins.int
+    """What they cost, in millionths of a credit; a repeated replay is charged once."""
     @_builtins.property
     def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplayedDecision]:
-        """One for each decision of the job."""
+        """One for each decision of the job, then one for each fact that is only found now."""
 
     def __init__(
         self,
         *,
         decisions: _abc.Iterable[Global___ReplayedDecision] | None = ...,
+        prompts: _builtins.str = ...,
+        calls: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        credit_micros: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "credit_micros", b"credit_micros", "decisions", b"decisions", "prompts", b"prompts", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -930,17 +960,30 @@ class ReplayedDecision(_message.Message):
     REPLAYED_ACTION_FIELD_NUMBER: _builtins.int
     SUPERSEDED_FIELD_NUMBER: _builtins.int
     SAME_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     decision_id: _builtins.str
-    """The decision that was made."""
+    """The decision that was made; empty = the fact was not found then."""
     action: _memory_pb2.Action.ValueType
     """What was done."""
     replayed_action: _memory_pb2.Action.ValueType
-    """What would be done."""
+    """What would be done; unspecified = nothing would be decided, or a fact that was not found then: no recall of it was
+    written down.
+    """
     same: _builtins.bool
     """Whether it would be the same."""
+    content: _builtins.str
+    """The fact; empty = it held a secret."""
+    found: _builtins.bool
+    """Whether the fact would be found: false only where the turn was understood anew."""
     @_builtins.property
     def superseded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that would be superseded."""
+
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[_memory_pb2.Candidate]:
+        """What the candidates were judged to be, by the verdicts that the replay used."""
 
     def __init__(
         self,
@@ -950,10 +993,13 @@ class ReplayedDecision(_message.Message):
         replayed_action: _memory_pb2.Action.ValueType = ...,
         superseded: _abc.Iterable[_builtins.str] | None = ...,
         same: _builtins.bool = ...,
+        content: _builtins.str = ...,
+        found: _builtins.bool = ...,
+        candidates: _abc.Iterable[_memory_pb2.Candidate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "decision_id", b"decision_id", "replayed_action", b"replayed_action", "same", b"same", "superseded", b"superseded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "candidates", b"candidates", "content", b"content", "decision_id", b"decision_id", "found", b"found", "replayed_action", b"replayed_action", "same", b"same", "superseded", b"superseded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
