@@ -9,8 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
-import grpc.aio
-
+from servicekit.rpc.accepting import AcceptingServer
 from servicekit.rpc.server import HealthBoard
 from servicekit.telemetry.logs import EventLogger
 
@@ -88,7 +87,7 @@ def stop_signal() -> asyncio.Event:
 
 
 async def serve_until_stopped(
-    server: grpc.aio.Server, *, readiness: Readiness, stop: asyncio.Event, drain_seconds: float, stack: AsyncExitStack,
+    server: AcceptingServer, *, readiness: Readiness, stop: asyncio.Event, drain_seconds: float, stack: AsyncExitStack,
     after_drain: Callable[[], Awaitable[None]], on_drain: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until `stop`; then NOT_SERVING, no new calls, running ones get `drain_seconds`, the rest is cancelled.

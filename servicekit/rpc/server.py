@@ -12,6 +12,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from servicekit.rpc.accepting import AcceptingServer
 from servicekit.rpc.auth import ANY_TOKEN, OPEN
 from servicekit.rpc.interceptor import CallInterceptor, GuardedServer
 from servicekit.settings import ServerSettings
@@ -28,11 +29,13 @@ MOST_PENDING_CALLS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service to serve: its full name, the scope of each RPC, and how it is added to a guarded server."""
+    """A service to serve: its full name, the scope of each RPC, how it is added to a guarded server, and the RPCs that
+    many call at once."""
 
     name: str
     scopes: Mapping[str, str | None]
     add: Callable[[Any], None]
+    busy: Sequence[str] = ()
 
 
 def kit_scopes(*, reflection_open: bool) -> dict[str, str | None]:
@@ -69,7 +72,7 @@ class HealthBoard:
 
 def build_server(
     *, settings: ServerSettings, services: Sequence[Service], interceptor: CallInterceptor, health_board: HealthBoard
-) -> grpc.aio.Server:
+) -> AcceptingServer:
     """A server bound to settings.listen. Raises OSError when the port is taken."""
     server = grpc.aio.server(
         options=[
@@ -85,7 +88,8 @@ def build_server(
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
-    guarded = interceptor.guard(server)
+    busy = [f"/{service.name}/{method}" for service in services for method in service.busy]
+    guarded = interceptor.guard(server, busy=busy)
     for service in services:
         service.add(guarded)
     health_pb2_grpc.add_HealthServicer_to_server(health_board.servicer, guarded)
@@ -100,7 +104,7 @@ def build_server(
             server.add_secure_port(settings.listen, credentials)
     except RuntimeError as error:
         raise OSError(f"can not listen on {settings.listen}: the port is taken or the address is not here") from error
-    return server
+    return AcceptingServer(server, guarded.busy_handlers)
 
 
 def _add_reflection(server: GuardedServer, names: Sequence[str]) -> None:
