@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from uuid import UUID
@@ -115,8 +116,9 @@ class JobReplayer:
         """The same question is the same call, so that a replay that is repeated is charged once while llm_service keeps
         its answers; an answer that is gone, or was cut, is asked for under another name."""
         async def ask(question: Question) -> str:
+            digest = hashlib.sha256(question.data.encode()).hexdigest()
             for again in range(MOST_LOST_ANSWERS):
-                key = call_key(job, "replay", payer, question.stage, *question.parts, again)
+                key = call_key(job, "replay", payer, question.stage, *question.parts, digest, again)
                 try:
                     answer = await self._models.ask(ModelQuestion(
                         key, payer, question.scene, question.alias, question.instructions, question.data,
