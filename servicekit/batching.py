@@ -1,15 +1,13 @@
 """The asyncio micro-batcher that every batched path uses.
 
 It adds no delay when idle: an item that finds the worker free is taken at once, and what queues while a batch runs
-becomes the next batch. Only under load (several items in the batch and behind it) a worker lingers before its next
-batch, so that it is a fuller one: as long as the last one took, and at least `linger_seconds`. A batch costs its items
-a transaction or an RPC, and both cost the more the slower the machine is; lingering half of the time halves that.
+becomes the next batch. Only under load (several items in the batch and behind it) a worker lingers for
+`linger_seconds` before its next batch, so that it is a fuller one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -17,7 +15,6 @@ from typing import Generic, TypeVar
 from servicekit.core.errors import Overloaded
 
 ITEMS_UNDER_LOAD = 4
-MOST_LINGER_SECONDS = 0.02
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -75,12 +72,10 @@ class MicroBatcher(Generic[Item, Result]):
         try:
             while self._queue:
                 batch = self._take()
-                began = time.monotonic()
                 await self._run_batch(batch)
                 under_load = len(batch) + len(self._queue) >= ITEMS_UNDER_LOAD
                 if self._linger_seconds and under_load and len(self._queue) < self._most_items:
-                    took = time.monotonic() - began
-                    await asyncio.sleep(max(self._linger_seconds, min(took, MOST_LINGER_SECONDS)))
+                    await asyncio.sleep(self._linger_seconds)
         finally:
             self._idle_workers += 1
 
