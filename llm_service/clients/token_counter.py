@@ -6,11 +6,10 @@ import asyncio
 import hashlib
 import io
 import wave
-from typing import Any
 
-import bpe_openai
 import imagesize
 
+from llm_service.clients.tokenizer import counter_of
 from llm_service.domain.chat import AudioPart, FilePart, ImagePart, Message, Part, Prompt, TextPart
 from llm_service.domain.media_tokens import audio_tokens, image_tokens
 from llm_service.domain.token_family import ESTIMATE, EXACT, O200K, TOKENS_PER_MESSAGE, UPPER
@@ -40,8 +39,7 @@ class BpeTokenCounter:
     cl100k is loaded when it is first needed."""
 
     def __init__(self) -> None:
-        self._encode = bpe_openai.get_encoding(EXACT[O200K]).encode_ordinary
-        self._others: dict[str, Any] = {}
+        self._count_o200k = counter_of(EXACT[O200K])
         self._pieces: dict[str, int] = {}
         self._texts: dict[bytes, int] = {}
 
@@ -87,11 +85,11 @@ class BpeTokenCounter:
     def _exact(self, text: str) -> int:
         """In o200k."""
         if len(text) < SHORTEST_CACHED_TEXT:
-            return len(self._encode(text))
+            return self._count_o200k(text)
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
         count = self._texts.pop(digest, None)
         if count is None:
-            count = len(self._encode(text))
+            count = self._count_o200k(text)
             if len(self._texts) >= MOST_CACHED_TEXTS:
                 self._texts.pop(next(iter(self._texts)), None)  # the one that was not asked for longest
         self._texts[digest] = count
@@ -101,7 +99,7 @@ class BpeTokenCounter:
         if family == O200K:
             return self._exact(text)
         if family in EXACT:
-            return len(self._other(family)(text))
+            return counter_of(EXACT[family])(text)
         return ESTIMATE[family].of(self._exact(text), text)
 
     def _both(self, text: str, family: str) -> tuple[int, int]:
@@ -113,12 +111,6 @@ class BpeTokenCounter:
             return 0, 0
         exact = self._exact(text)
         return ESTIMATE[family].of(exact, text), UPPER[family].of(exact, text)
-
-    def _other(self, family: str) -> Any:
-        encode = self._others.get(family)
-        if encode is None:
-            encode = self._others[family] = bpe_openai.get_encoding(EXACT[family]).encode_ordinary
-        return encode
 
     def _count_prompt(self, prompt: Prompt, family: str, upstream_model: str) -> TokenCount:
         tokens = TOKENS_PER_REPLY

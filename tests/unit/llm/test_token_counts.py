@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import wave
 import zlib
 from pathlib import Path
@@ -133,3 +135,17 @@ async def test_sizes_are_read_from_the_bytes() -> None:
     assert await tokens(AudioPart(bytes(40_000), "mp3")) == 100
     assert await tokens(AudioPart(b"RIFF broken", "wav")) >= 1
     assert await tokens(FilePart(bytes(4000), "a.pdf", "application/pdf")) == 1001
+
+
+def test_texts_of_any_length_and_broken_ones_are_counted() -> None:
+    assert TOKENS.count_text("word " * 300_000) in range(300_000, 300_010), "what the library\'s own wrapper refuses"
+    assert TOKENS.count_text("a\ud800b") == TOKENS.count_text("a\ufffdb"), "half of a surrogate pair"
+    assert TOKENS.count_text("<|endoftext|>") > 1, "a mark is the text that it is"
+
+
+def test_the_tokenizer_is_loaded_without_the_dictionaries_of_its_python_part() -> None:
+    script = (
+        "import sys; from llm_service.clients.token_counter import BpeTokenCounter;"
+        "assert BpeTokenCounter().count_text('hello world') == 2; assert 'bpe_openai' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
