@@ -120,6 +120,14 @@ def new_module_mesh(
 
 
 @pytest.fixture(scope="module")
+def mesh_of_three(new_module_mesh: Callable[..., Mesh]) -> Mesh:
+    """With nothing registered: the built-in model serves all aliases, and the memory aliases by rules."""
+    made = new_module_mesh()
+    made.start_memory()
+    return made
+
+
+@pytest.fixture(scope="module")
 def mesh(databases: Databases, scratch: Path, upstream: Upstream, request: pytest.FixtureRequest) -> Iterator[Mesh]:
     """One running mesh for the tests of a module, its models registered."""
     made = Mesh(databases, scratch / "logs", name=request.module.__name__, settings={})

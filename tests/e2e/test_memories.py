@@ -25,11 +25,8 @@ DONE, DEAD = memory_pb2.JOB_STATE_DONE, memory_pb2.JOB_STATE_DEAD
 
 
 @pytest.fixture(scope="module")
-def mesh(new_module_mesh: Callable[..., Mesh]) -> Mesh:
-    """Of three, with nothing registered: the built-in model serves all aliases, and the memory aliases by rules."""
-    made = new_module_mesh()
-    made.start_memory()
-    return made
+def mesh(mesh_of_three: Mesh) -> Mesh:
+    return mesh_of_three
 
 
 @pytest.fixture

@@ -28,6 +28,17 @@ class Gate:
         return request
 
 
+async def serve(gate: Gate) -> tuple[AcceptingServer, int]:
+    """A server whose one method is the gate's, and its port."""
+    core = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(gate.wait)
+    core.add_registered_method_handlers("test.Service", {"Wait": handler})
+    port = core.add_insecure_port("127.0.0.1:0")
+    server = AcceptingServer(core, {METHOD: handler})
+    await server.start()
+    return server, port
+
+
 @pytest.fixture
 async def gate() -> Gate:
     return Gate()
@@ -35,12 +46,7 @@ async def gate() -> Gate:
 
 @pytest.fixture
 async def served(gate: Gate) -> AsyncIterator[tuple[AcceptingServer, Any]]:
-    core = grpc.aio.server()
-    handler = grpc.unary_unary_rpc_method_handler(gate.wait)
-    core.add_registered_method_handlers("test.Service", {"Wait": handler})
-    port = core.add_insecure_port("127.0.0.1:0")
-    server = AcceptingServer(core, {METHOD: handler})
-    await server.start()
+    server, port = await serve(gate)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield server, channel.unary_unary(METHOD)
     await server.stop(None)
@@ -80,12 +86,7 @@ async def test_a_stop_lets_running_calls_end_and_takes_no_more(gate: Gate, serve
 
 async def test_a_version_without_the_names_serves_all_the_same(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("servicekit.rpc.accepting._NEEDED", ("nothing_of_that_name",))
-    core = grpc.aio.server()
-    handler = grpc.unary_unary_rpc_method_handler(gate.wait)
-    core.add_registered_method_handlers("test.Service", {"Wait": handler})
-    port = core.add_insecure_port("127.0.0.1:0")
-    server = AcceptingServer(core, {METHOD: handler})
-    await server.start()
+    server, port = await serve(gate)
     gate.opened.set()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert await channel.unary_unary(METHOD)(b"x") == b"x"
