@@ -195,6 +195,24 @@ async def test_a_turn_without_a_sign_of_life_is_stale(chats: Chats) -> None:
         assert not opened.running_is_stale
 
 
+async def test_the_turn_of_a_call_whose_process_died_is_found_while_it_stands(chats: Chats) -> None:
+    made = await chats.new(use_memories=True)
+    turn, call_id = await chats.begin(made, "hello", "are you there?")
+    record = record_of(USER, made.conversation_id, call_id)
+    found = await chats.store.abandoned_turn(record)
+    assert found is not None
+    assert (found.turn.message_id, found.turn.remembers) == (turn.message_id, True)
+    assert [text_of(each) for each in found.turn.sent] == ["hello", "are you there?"]
+    assert [each.message_id for each in found.turn.asked] == [each.message_id for each in turn.sent]
+    assert found.message == Message(Role.ASSISTANT), "nothing of the answer was written down"
+    assert await chats.store.abandoned_turn(record_of(USER, made.conversation_id, IDS.new_id())) is None
+    assert await chats.store.abandoned_turn(record_of("other", made.conversation_id, call_id)) is None
+    plain = replace(record, billing=replace(record.billing, conversation_id=""))
+    assert await chats.store.abandoned_turn(plain) is None
+    await chats.settle(turn, call_id, "yes")
+    assert await chats.store.abandoned_turn(record) is None
+
+
 async def test_a_turn_that_is_refused_is_not_written_and_one_waits_for_another(chats: Chats) -> None:
     made = await chats.new()
     with pytest.raises(ZeroDivisionError):

@@ -145,7 +145,18 @@ class MemoryConversations:
             chat.drop()
 
     async def abandoned_turn(self, record: CallRecord) -> TurnEnd | None:
-        raise NotImplementedError
+        if not record.billing.conversation_id:
+            return None
+        user_id, conversation_id = record.billing.user_id, UUID(record.billing.conversation_id)
+        chat = self._chats.get((user_id, conversation_id))
+        if chat is None or chat.conversation.running_call_id != record.call_id:
+            return None
+        *sent, answer = chat.running
+        turn = Turn(
+            user_id, conversation_id, answer.message_id, tuple(sent), asked=tuple(sent), memory_ids=answer.memory_ids,
+            remembers=chat.conversation.use_memories,
+        )
+        return TurnEnd(turn, answer.message, answer.prompt_tokens, answer.token_family)
 
     def settle(self, turn: Turn, call_id: UUID, answer: Message, *, tokens: int, micros: int) -> None:
         chat = self._chats[turn.user_id, turn.conversation_id]
