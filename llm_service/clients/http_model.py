@@ -55,11 +55,11 @@ class HttpModel:
         }
         async with self._http.post(
             deployment, posted.path, orjson.dumps(posted.body), headers, query=posted.query, on_sent=on_sent
-        ) as response:
-            if streamed and response.content_type != "application/json":
+        ) as answer:
+            if streamed and answer.content_type != "application/json":
                 decoder = self._format.decoder(question)
                 events = _Events(decoder, deployment)
-                async for data in response.content.iter_any():
+                while data := await answer.read():
                     chunk, failure = events.read(data)
                     if chunk:
                         yield chunk
@@ -76,7 +76,7 @@ class HttpModel:
             # Asked for whole, or by a server that does not stream.
             chunk = UpstreamChunk()
             try:
-                self._format.read_answer(chunk, await read_json(response), question)
+                self._format.read_answer(chunk, await read_json(answer), question)
             except Malformed as error:
                 raise UpstreamFailure("UPSTREAM_UNAVAILABLE", f"malformed answer: {error}") from None
             yield chunk

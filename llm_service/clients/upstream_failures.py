@@ -67,15 +67,15 @@ def _kind_of(codes: list[str], text: str, http_status: int) -> FailureKind:
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds, of Retry-After in either form, or of retry-after-ms."""
+    """Seconds, of retry-after in either form, or of retry-after-ms. `headers`: names in lower case."""
     milliseconds = headers.get("retry-after-ms", "")
     if milliseconds.isdigit():
         return min(int(milliseconds) / 1000, LONGEST_RETRY_AFTER)
-    value = headers.get("Retry-After", "")
+    value = headers.get("retry-after", "")
     if value.replace(".", "", 1).isdigit():
         return min(float(value), LONGEST_RETRY_AFTER)
     try:
-        wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("Date", ""))
+        wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date", ""))
     except (TypeError, ValueError):
         return None
     return min(max(0.0, wait.total_seconds()), LONGEST_RETRY_AFTER)

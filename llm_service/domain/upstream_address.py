@@ -39,9 +39,13 @@ def is_allowed(address: Address, reach: Reach) -> bool:
 
 def problem_of_url(url: str, reach: Reach) -> str:
     """What is wrong with a base_url, as far as it tells without looking the name up; empty = nothing."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not host:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna").decode()
+        is_address = parts.scheme in ("http", "https") and host != "" and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         return "must be an http or https address"
     if parts.username is not None or parts.query or parts.fragment:
         return "must have no user, query or fragment"

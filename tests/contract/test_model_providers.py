@@ -314,9 +314,9 @@ async def test_errors_mean_the_same_in_every_protocol(
 
 
 @pytest.mark.parametrize(("headers", "seconds"), [
-    ({"Retry-After": "1.5"}, 1.5), ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
-    ({"Retry-After": "Sat, 21 Nov 2026 10:00:30 GMT", "Date": "Sat, 21 Nov 2026 10:00:00 GMT"}, 30.0),
-    ({"Retry-After": "soon"}, None), ({"Retry-After": "99999999"}, 3600.0), ({}, None),
+    ({"retry-after": "1.5"}, 1.5), ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+    ({"retry-after": "Sat, 21 Nov 2026 10:00:30 GMT", "date": "Sat, 21 Nov 2026 10:00:00 GMT"}, 30.0),
+    ({"retry-after": "soon"}, None), ({"retry-after": "99999999"}, 3600.0), ({}, None),
 ])
 def test_retry_after_in_every_form(headers: dict[str, str], seconds: float | None) -> None:
     from llm_service.clients.upstream_failures import retry_after_of

@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ import grpc
 import pytest
 from creditmesh.llm.v1 import chat_pb2, llm_service_pb2, llm_service_pb2_grpc, model_service_pb2
 from creditmesh.tokenstore.v1 import balance_service_pb2, balance_service_pb2_grpc, ledger_service_pb2
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.support.certificates import Certificates
 from tests.support.databases import Databases
 from tests.support.errors import refused
 from tests.support.load import wait_until
@@ -201,36 +197,6 @@ def test_tokens_scopes_and_their_reload(new_mesh: Callable[..., Mesh], tmp_path:
     with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED"):
         mesh.calls.Generate(generate_request("alice"), timeout=10, metadata=bearer("backend"))
     assert "Bearer" not in mesh.llm.text() + mesh.tokenstore.text()
-
-
-class Certificates:
-    """A certificate authority and a certificate for 127.0.0.1, made on the spot."""
-
-    def __init__(self, folder: Path) -> None:
-        now = datetime.now(UTC)
-        self.ca_key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test ca")])
-        self._now = now
-        ca = self._build(self._name, self.ca_key.public_key()).add_extension(
-            x509.BasicConstraints(ca=True, path_length=None), critical=True
-        ).sign(self.ca_key, hashes.SHA256())
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-        self.ca.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-        key = ec.generate_private_key(ec.SECP256R1())
-        import ipaddress
-
-        alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "service")])
-        cert = self._build(name, key.public_key()).add_extension(alternative, critical=False)
-        self.cert.write_bytes(cert.sign(self.ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        self.key.write_bytes(key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ))
-
-    def _build(self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(self._name).public_key(public_key)
-        builder = builder.serial_number(x509.random_serial_number())
-        return builder.not_valid_before(self._now - timedelta(days=1)).not_valid_after(self._now + timedelta(days=1))
 
 
 def test_tls_and_mutual_tls(new_mesh: Callable[..., Mesh], tmp_path: Path) -> None:
