@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 from llm_service.domain.call import (
@@ -17,7 +16,7 @@ from llm_service.domain.call import (
     Operation,
 )
 from llm_service.domain.chat import FinishReason
-from metering.charge import Quote, Rates
+from metering.charge import Quote, Rates, numbers_of
 from metering.usage import Usage, UsageSource
 
 
@@ -25,13 +24,13 @@ def call_to_row(record: CallRecord) -> dict[str, Any]:
     """Column name to JSON value."""
     billing, usage, quote, charge = record.billing, record.usage, record.quote, record.charge
     return {
-        "user_id": billing.user_id, "call_id": str(record.call_id), "request_id": billing.request_id,
+        "user_id": billing.user_id, "call_id": record.call_id, "request_id": billing.request_id,
         "scene": billing.scene, "conversation_id": billing.conversation_id, "model": record.model,
         "provider": record.provider, "price_provider": record.price_provider, "upstream_model": record.upstream_model,
         "state": int(record.state), "streamed": record.streamed, "skip_charge": billing.skip_charge,
         "labels": billing.labels, "hold_micros": record.hold_micros, "max_output_tokens": record.max_output_tokens,
         "price_rule_id": quote.rule_id if quote else "", "price_rule_version": quote.version if quote else 0,
-        "rates": astuple(quote.rates) if quote else None,
+        "rates": numbers_of(quote.rates) if quote else None,
         "input_tokens": usage.input_tokens, "cached_input_tokens": usage.cached_input_tokens,
         "cache_write_tokens": usage.cache_write_tokens, "output_tokens": usage.output_tokens,
         "reasoning_tokens": usage.reasoning_tokens, "input_audio_tokens": usage.input_audio_tokens,
@@ -77,7 +76,7 @@ def call_from_row(row: Mapping[str, Any], attempts: tuple[Attempt, ...] = ()) ->
 def attempt_to_row(record: CallRecord, attempt: Attempt) -> dict[str, Any]:
     usage = attempt.usage
     return {
-        "user_id": record.billing.user_id, "call_id": str(record.call_id), "number": attempt.number,
+        "user_id": record.billing.user_id, "call_id": record.call_id, "number": attempt.number,
         "model_id": attempt.model_id, "provider": attempt.provider, "upstream_model": attempt.upstream_model,
         "error_reason": attempt.error_reason, "http_status": attempt.http_status, "started_at": attempt.started_at,
         "first_token_at": attempt.first_token_at, "ended_at": attempt.ended_at, "kind": int(attempt.kind),

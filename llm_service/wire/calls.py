@@ -10,7 +10,13 @@ from creditmesh.llm.v1 import call_pb2, chat_pb2, llm_service_pb2
 from llm_service.domain.call import Attempt, Billing, CallRecord, Charge
 from llm_service.domain.chat import Prompt
 from llm_service.usecases.call_events import CallRequest, Finished, Generated, Started, Timing
-from llm_service.wire.chat import AnyCallRequest, message_to_proto, prompt_from_proto, vectors_to_proto
+from llm_service.wire.chat import (
+    AnyCallRequest,
+    message_to_proto,
+    output_tokens_from_proto,
+    prompt_from_proto,
+    vectors_to_proto,
+)
 from metering.wire import usage_to_proto
 from servicekit.core.ids import IdSource
 from servicekit.rpc.times import duration_to_proto, optional_timestamp_to_proto, timestamp_to_proto
@@ -23,12 +29,11 @@ def call_request_from_proto(
     request: AnyCallRequest, *, deadline_seconds: float | None, traceparent: str, ids: IdSource
 ) -> CallRequest:
     """Raises InvalidField."""
+    most, least = output_tokens_from_proto(request)
     return CallRequest(
         billing=_billing_from_proto(request, ids=ids), model=request.model, prompt=prompt_from_proto(request),
-        max_output_tokens=request.max_output_tokens if request.HasField("max_output_tokens") else None,
-        min_output_tokens=request.min_output_tokens if request.HasField("min_output_tokens") else 1,
-        deadline_seconds=deadline_seconds, store=not request.HasField("store") or request.store,
-        traceparent=traceparent,
+        max_output_tokens=most, min_output_tokens=least, deadline_seconds=deadline_seconds,
+        store=not request.HasField("store") or request.store, traceparent=traceparent,
     )
 
 

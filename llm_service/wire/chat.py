@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from creditmesh.llm.v1 import chat_pb2, conversation_service_pb2, llm_service_pb2
 
@@ -28,6 +29,10 @@ from servicekit.core.errors import InvalidField
 
 AnyCallRequest = llm_service_pb2.GenerateRequest | llm_service_pb2.StreamRequest
 WithOptions = AnyCallRequest | conversation_service_pb2.SendMessageRequest
+OPTIONS = frozenset({
+    "temperature", "top_p", "stop", "seed", "tools", "tool_choice", "response_format", "reasoning_effort", "thinking",
+    "parallel_tool_calls", "metadata",
+})
 
 
 def prompt_from_proto(request: AnyCallRequest) -> Prompt:
@@ -37,22 +42,35 @@ def prompt_from_proto(request: AnyCallRequest) -> Prompt:
 
 def options_from_proto(request: WithOptions, messages: tuple[Message, ...] = ()) -> Prompt:
     """Everything but the messages. Raises InvalidField."""
-    form = request.response_format.WhichOneof("format") if request.HasField("response_format") else None
+    told: dict[str, Any] = {field.name: value for field, value in request.ListFields()}
+    if told.keys().isdisjoint(OPTIONS):
+        return Prompt(messages)
+    form = request.response_format.WhichOneof("format") if "response_format" in told else None
     return Prompt(
         messages=messages,
-        temperature=request.temperature if request.HasField("temperature") else None,
-        top_p=request.top_p if request.HasField("top_p") else None,
+        temperature=told.get("temperature"),
+        top_p=told.get("top_p"),
         stop=tuple(request.stop),
-        seed=request.seed if request.HasField("seed") else None,
+        seed=told.get("seed"),
         tools=tuple(_tool_from_proto(tool, index) for index, tool in enumerate(request.tools)),
         tool_choice=_tool_choice_from_proto(request),
         json_object=form == "json_object",
         json_schema=_schema_from_proto(request.response_format.json_schema) if form == "json_schema" else None,
         reasoning_effort=ReasoningEffort(request.reasoning_effort) if request.reasoning_effort else None,
         thinking=None if not request.thinking else request.thinking == chat_pb2.THINKING_ENABLED,
-        parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None,
+        parallel_tool_calls=told.get("parallel_tool_calls"),
         metadata=dict(request.metadata),
     )
+
+
+def output_tokens_from_proto(request: WithOptions) -> tuple[int | None, int]:
+    """Most and fewest output tokens wanted. Raises InvalidField when they contradict each other."""
+    most = request.max_output_tokens if request.HasField("max_output_tokens") else None
+    least = request.min_output_tokens if request.HasField("min_output_tokens") else 1
+    if most is not None and least > most:
+        # Here and not a rule in the proto file: an expression there costs each call as much as all its other rules.
+        raise InvalidField.of("min_output_tokens", "must not be above max_output_tokens")
+    return most, least
 
 
 def messages_from_proto(messages: object) -> tuple[Message, ...]:
@@ -73,8 +91,8 @@ def _message_from_proto(message: chat_pb2.Message, index: int) -> Message:
 
 def _read(message: chat_pb2.Message) -> Message:
     return Message(
-        role=Role(message.role), parts=tuple(part_from_proto(part) for part in message.content), name=message.name,
-        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+        role=Role(message.role), parts=tuple([part_from_proto(part) for part in message.content]), name=message.name,
+        tool_calls=tuple([ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls]),
         tool_call_id=message.tool_call_id, reasoning=message.reasoning,
         reasoning_signature=message.reasoning_signature,
     )

@@ -18,6 +18,7 @@ from llm_service.wire.chat import (
     content_to_proto,
     delta_to_proto,
     options_from_proto,
+    output_tokens_from_proto,
     part_from_proto,
     tool_calls_to_proto,
 )
@@ -93,6 +94,7 @@ def send_request_from_proto(
     """Raises InvalidField."""
     if request.HasField("parent_message_id") and not request.content:
         raise InvalidField.of("parent_message_id", "goes together with content")
+    most, least = output_tokens_from_proto(request)
     return SendRequest(
         user_id=request.user_id, conversation_id=UUID(request.conversation_id),
         request_id=request.request_id or str(ids.new_id()),
@@ -103,8 +105,7 @@ def send_request_from_proto(
         ),
         regenerate=UUID(request.regenerate_message_id) if request.regenerate_message_id else None,
         parent=request.parent_message_id if request.HasField("parent_message_id") else None, model=request.model,
-        max_output_tokens=request.max_output_tokens if request.HasField("max_output_tokens") else None,
-        min_output_tokens=request.min_output_tokens if request.HasField("min_output_tokens") else 1,
+        max_output_tokens=most, min_output_tokens=least,
         deadline_seconds=deadline_seconds, traceparent=traceparent, labels=dict(request.labels),
     )
 

@@ -87,7 +87,7 @@ CASES: list[tuple[Any, str]] = [
     (generate(messages=[{"role": 5, "content": [{"text": "x"}]}]), "messages[0].tool_call_id"),
     (generate(messages=[{**USER, "tool_calls": [{"id": "t", "name": "n"}]}]), "messages[0].tool_calls"),
     (generate(max_output_tokens=0), "max_output_tokens"), (generate(max_output_tokens=-5), "max_output_tokens"),
-    (generate(max_output_tokens=5, min_output_tokens=6), ""), (generate(temperature=float("nan")), "temperature"),
+    (generate(max_output_tokens=5, min_output_tokens=6), "min_output_tokens"), (generate(temperature=float("nan")), "temperature"),
     (generate(temperature=3.0), "temperature"), (generate(top_p=-1.0), "top_p"), (generate(stop=[""]), "stop[0]"),
     (generate(tools=[{"name": "a b"}]), "tools[0].name"),
     (generate(tools=[{"name": "a", "parameters": "{"}]), "tools[0].parameters"),
