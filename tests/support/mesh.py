@@ -311,9 +311,10 @@ class Mesh:
         give_up_at = time.monotonic() + seconds
         left = {}
         while time.monotonic() < give_up_at:
-            left = {"holds": self.open_holds(), "outbox": self.outbox_size(), "running": self.running_calls(),
-                    "orphans": self.orphaned_holds(), "unbooked": self.unbooked_calls(),
-                    "chores": self.conversation_tasks()}
+            # What makes work is asked before what the work passes through.
+            left = {"chores": self.conversation_tasks(), "running": self.running_calls(), "holds": self.open_holds(),
+                    "outbox": self.outbox_size(), "unbooked": self.unbooked_calls(),
+                    "orphans": self.orphaned_holds()}
             if not any(left.values()):
                 return
             time.sleep(0.1)
