@@ -76,6 +76,10 @@ def make_work(
         "/bench.Echo/Unary", request_serializer=llm_service_pb2.GenerateRequest.SerializeToString,
         response_deserializer=llm_service_pb2.GenerateResponse.FromString,
     )
+    gateway = channel.unary_unary(
+        "/bench.Echo/Gateway", request_serializer=llm_service_pb2.GenerateRequest.SerializeToString,
+        response_deserializer=llm_service_pb2.GenerateResponse.FromString,
+    )
     echo_stream = channel.unary_stream(
         "/bench.Echo/Stream", request_serializer=llm_service_pb2.StreamRequest.SerializeToString,
         response_deserializer=llm_service_pb2.StreamResponse.FromString,
@@ -92,6 +96,9 @@ def make_work(
 
     async def do_generate(number: int, figures: Figures) -> None:
         await calls.Generate(generate_request(number), timeout=30)
+
+    async def do_gateway(number: int, figures: Figures) -> None:
+        await gateway(generate_request(number))
 
     async def do_echo(number: int, figures: Figures) -> None:
         await echo(generate_request(number))
@@ -179,8 +186,8 @@ def make_work(
                 raise RuntimeError(f"HTTP {response.status}")
 
     return {
-        "http": do_http, "generate": do_generate, "echo": do_echo, "stream": do_stream, "send": do_send,
-        "echo-stream": do_echo_stream, "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
+        "http": do_http, "generate": do_generate, "echo": do_echo, "gateway": do_gateway, "stream": do_stream,
+        "send": do_send, "echo-stream": do_echo_stream, "balance": do_balance, "hold": do_hold, "upstream": do_upstream,
     }[kind], open_all if kind == "send" else nothing
 
 

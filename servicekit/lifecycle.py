@@ -98,6 +98,8 @@ async def serve_until_stopped(
     # What start-up made stays: collecting it again and again would stop every call for tens of milliseconds.
     gc.collect()
     gc.freeze()
+    # And what one batch of calls makes is no reason to look for garbage: almost all of it goes by its reference counts.
+    gc.set_threshold(20_000, 10, 10)
     await server.start()
     async with background(readiness.watch, name="readiness"):
         await stop.wait()

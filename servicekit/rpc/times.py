@@ -38,6 +38,6 @@ def duration_from_proto(message: Duration) -> timedelta:
 
 
 def duration_to_proto(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
+    """Of a time that is not negative."""
+    nanos = int(seconds * 1e9)
+    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
