@@ -1,6 +1,6 @@
 """Runs all measurements (or those named) on a fresh mesh and writes RESULTS.md.
 
-    python -m benchmarks [--only unary streams ...] [--runs 3] [--seconds 5] [--write]
+    python -m benchmarks [--only unary streams ...] [--runs 3] [--seconds 5] [--no-write]
 """
 
 from __future__ import annotations

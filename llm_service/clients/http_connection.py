@@ -50,8 +50,12 @@ class HttpAnswer:
                 piece = self._inflate.decompress(raw, READ_BYTES) if raw else self._inflate.flush()
             except zlib.error:
                 raise HttpBroken("the body is not compressed as its header says") from None
-            if piece or not raw:
+            if piece:
                 return piece
+            if not raw:
+                if not self._inflate.eof:
+                    raise HttpBroken("the compressed body is cut")
+                return b""
 
     def begin_body(self) -> None:
         """All headers are there. Raises HttpBroken for a compression that was not asked for and is not known."""
@@ -77,7 +81,7 @@ class HttpConnection(asyncio.Protocol):
         self._drain: asyncio.TimerHandle | None = None
         self._pieces: list[bytes] = []
         self._size = 0
-        self._header_bytes = 0
+        self._header_bytes = self._drained = 0
         self._answer: HttpAnswer | None = None
         self._has_headers = self._is_complete = self._ends_by_closing = self._keeps_alive = self._is_paused = False
         self._broken: HttpBroken | None = None
@@ -95,7 +99,7 @@ class HttpConnection(asyncio.Protocol):
         assert self._answer is None
         self._answer = HttpAnswer(self)
         self._has_headers = self._is_complete = self._ends_by_closing = False
-        self._header_bytes = 0
+        self._header_bytes = self._drained = 0
         self._transport.write(request)
 
     async def answer(self) -> HttpAnswer:
@@ -111,24 +115,16 @@ class HttpConnection(asyncio.Protocol):
                 return b""
             await self._something_new()
         piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._size = 0
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._transport.resume_reading()
+        self._take_all()
         return piece
 
     def release(self) -> None:
         """The answer was read as far as it matters. What is still to come of it is thrown away, if it comes soon."""
+        self._take_all()
         if self._is_complete:
             self._end_of_answer()
         elif self.is_open:
             self._drain = self._loop.call_later(DRAIN_SECONDS, self.abort)
-            self._size = 0
-            self._pieces.clear()
-            if self._is_paused and self._transport is not None:
-                self._is_paused = False
-                self._transport.resume_reading()
 
     def abort(self) -> None:
         """Closes at once; the server learns of it."""
@@ -136,6 +132,14 @@ class HttpConnection(asyncio.Protocol):
             self._broken = HttpBroken("the connection was closed")
         if self._transport is not None:
             self._transport.abort()
+
+    def _take_all(self) -> None:
+        """Nothing of one answer is left for the next one's reader."""
+        self._pieces.clear()
+        self._size = 0
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
 
     async def _something_new(self) -> None:
         if self._broken is not None:
@@ -189,11 +193,12 @@ class HttpConnection(asyncio.Protocol):
             self._break("the headers are too long")
             return
         if self._drain is not None:
+            self._drained += self._size
+            self._take_all()
             if self._is_complete:
                 self._end_of_answer()
-            elif self._size > DRAIN_BYTES:
+            elif self._drained > DRAIN_BYTES:
                 self.abort()
-            self._pieces.clear()
         elif self._size > 2 * READ_BYTES and not self._is_complete and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()

@@ -253,6 +253,30 @@ async def test_a_stream_left_at_its_end_mark_keeps_its_connection(server: Server
     assert server.connections == 1
 
 
+async def test_nothing_of_an_answer_is_left_for_the_next(server: Server, http: UpstreamHttp) -> None:
+    """Also what came unread before its reader left, and what came after."""
+    unread = STREAM + chunked(b"[DONE]", b"A" * 1000)
+
+    async def talk(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.say(unread[:-8])
+            await asyncio.sleep(0.02)
+            await peer.say(unread[-8:])
+            await peer.request()
+            await peer.say(WHOLE)
+
+    server.talk = talk
+    for reads_first, waits in ((True, 0.05), (False, 0.05), (True, 0.0), (False, 0.0)):
+        async with post(http, deployment(server)) as answer:
+            if reads_first:
+                await answer.read()
+            await asyncio.sleep(waits)
+        await asyncio.sleep(0.05)
+        assert await ask(http, deployment(server)) == BODY
+    assert server.connections == 1
+
+
 async def test_a_server_that_goes_on_after_the_end_is_left(
     server: Server, http: UpstreamHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +389,10 @@ BROKEN = {
     "endless headers": (b"HTTP/1.1 200 OK\r\n" + b"".join(b"x%d: y\r\n" % n for n in range(20_000)), b"", "too long"),
     "switches protocols": (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", b"", "no HTTP"),
     "not gzip": (OK + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nhalf", b"", "not compressed"),
+    "half gzip": (
+        OK + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(gzip.compress(b"half" * 9)[:-9]),
+        b"half", "body is cut",
+    ),
     "unknown encoding": (OK + b"Content-Encoding: zstd\r\nContent-Length: 4\r\n\r\nhalf", b"", "unknown way"),
 }
 
