@@ -90,7 +90,8 @@ class HttpPool:
         except BaseException:
             sock.close()
             raise
-        self._open.add(connection)
+        if connection.is_open:
+            self._open.add(connection)
         return connection
 
     async def _addresses(self, origin: Origin) -> list[AddressInfo]:
