@@ -31,7 +31,7 @@ class Rates:
 
 
 numbers_of: Callable[[Rates], tuple[int, ...]] = attrgetter(*(each.name for each in fields(Rates)))
-"""Rates as they are kept: in the order of their fields. Twenty times as fast as dataclasses.astuple."""
+"""Rates as they are kept: in the order of their fields. dataclasses.astuple copies each, and shows in profiles."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,9 @@ class UpstreamHttp:
             connection.send(request)
             on_sent()
             answer = await connection.answer()
-            if answer.status != 200:
-                raise await _failure_of(answer)
-            yield answer
+            failure = None if answer.status == 200 else await _failure_of(answer)
+            if failure is None:
+                yield answer
         except HttpBroken as error:
             connection.abort()
             raise _unavailable(str(error)) from None
@@ -71,6 +71,8 @@ class UpstreamHttp:
             connection.abort()
             raise
         connection.release()
+        if failure is not None:
+            raise failure
 
 
 @functools.lru_cache(maxsize=1024)

@@ -218,6 +218,16 @@ async def test_a_connection_serves_one_request_after_another(server: Server, htt
     assert server.connections <= 5
 
 
+async def test_a_connection_outlives_an_error_answer(server: Server, http: UpstreamHttp) -> None:
+    error = b'{"error":{"code":"rate_limit_exceeded"}}'
+    server.talk = always(b"HTTP/1.1 429 Slow\r\nRetry-After: 7\r\nContent-Length: %d\r\n\r\n%s" % (len(error), error))
+    for _ in range(3):
+        with pytest.raises(UpstreamFailure) as caught:
+            await ask(http, deployment(server))
+        assert (caught.value.kind, caught.value.retry_after_seconds) == (FailureKind.LIMITED, 7)
+    assert server.connections == 1
+
+
 async def test_a_server_that_closes_is_connected_to_anew(server: Server, http: UpstreamHttp) -> None:
     async def says_so(peer: Peer) -> None:
         await peer.request()
