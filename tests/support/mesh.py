@@ -127,7 +127,7 @@ class Mesh:
         self._settings = settings
         self.memory_url = ""
         self.memory: ServiceProcess | None = None
-        self._channels: list[grpc.Channel] = []
+        self._channels: list[tuple[str, grpc.Channel]] = []
         self._stubs: dict[str, Any] = {}
 
     # Life
@@ -167,7 +167,7 @@ class Mesh:
         self._wait_for(self.llm, self.llm_address)
 
     def stop(self) -> None:
-        for channel in self._channels:
+        for _, channel in self._channels:
             channel.close()
         for process in filter(None, (self.memory, self.llm, self.tokenstore)):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -182,9 +182,16 @@ class Mesh:
             with contextlib.suppress(grpc.RpcError), grpc.insecure_channel(address) as channel:
                 answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    self._reconnect(address)
                     return
             time.sleep(0.05)
         raise AssertionError(f"{process.service} is not serving: {process.text()[-2000:]}")
+
+    def _reconnect(self, address: str) -> None:
+        """Channels whose server was gone have it again: none refuses the next call because it still backs off."""
+        for at, channel in self._channels:
+            if at == address:
+                grpc.channel_ready_future(channel).result(READY_SECONDS)
 
     # Stubs: synchronous ones; the stubs' types describe asyncio, so they are Any here
 
@@ -195,7 +202,7 @@ class Mesh:
                 ("grpc.max_reconnect_backoff_ms", 200), ("grpc.initial_reconnect_backoff_ms", 50),
                 ("grpc.min_reconnect_backoff_ms", 50), ("grpc.use_local_subchannel_pool", 1),
             ])
-            self._channels.append(channel)
+            self._channels.append((address, channel))
             self._stubs[key] = kind(channel)
         return self._stubs[key]
 
