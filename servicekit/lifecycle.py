@@ -9,7 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
-from servicekit.rpc.accepting import AcceptingServer
+from servicekit.rpc.grpc_server import GrpcServer
 from servicekit.rpc.server import HealthBoard
 from servicekit.telemetry.logs import EventLogger
 
@@ -87,7 +87,7 @@ def stop_signal() -> asyncio.Event:
 
 
 async def serve_until_stopped(
-    server: AcceptingServer, *, readiness: Readiness, stop: asyncio.Event, drain_seconds: float, stack: AsyncExitStack,
+    server: GrpcServer, *, readiness: Readiness, stop: asyncio.Event, drain_seconds: float, stack: AsyncExitStack,
     after_drain: Callable[[], Awaitable[None]], on_drain: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until `stop`; then NOT_SERVING, no new calls, running ones get `drain_seconds`, the rest is cancelled.

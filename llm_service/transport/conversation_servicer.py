@@ -125,5 +125,4 @@ def conversation_service(conversations: Conversations, sender: MessageSender, id
         lambda server: conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(
             ConversationServicer(conversations, sender, ids), server
         ),
-        busy=("SendMessage",),
     )

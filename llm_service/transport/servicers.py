@@ -281,7 +281,6 @@ def services(
                 ("Generate", "Stream", "Embed", "GetCall", "ListCalls", "CancelCall", "CountTokens"), "llm.call"
             ),
             lambda server: llm_service_pb2_grpc.add_LLMServiceServicer_to_server(LLMServicer(calls), server),
-            busy=("Generate", "Stream", "Embed"),
         ),
         Service(
             f"{PACKAGE}.ModelService",

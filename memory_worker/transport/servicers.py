@@ -288,5 +288,4 @@ def services(parts: MemoryParts) -> list[Service]:
             **dict.fromkeys(ADMIN, "memory.admin"),
         },
         lambda server: memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(parts), server),
-        busy=("Retrieve",),
     )]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import grpc.aio
-from grpc_channelz.v1 import channelz, channelz_pb2_grpc
+from grpc_channelz.v1 import channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from servicekit.rpc.accepting import AcceptingServer
 from servicekit.rpc.auth import ANY_TOKEN, OPEN
+from servicekit.rpc.channelz import LiveFigures
+from servicekit.rpc.grpc_server import GrpcServer, listen, tls_context
 from servicekit.rpc.interceptor import CallInterceptor, GuardedServer
 from servicekit.settings import ServerSettings
 
@@ -22,20 +23,15 @@ CHANNELZ = "grpc.channelz.v1.Channelz"
 CHANNELZ_METHODS = (
     "GetTopChannels", "GetServers", "GetServer", "GetServerSockets", "GetChannel", "GetSubchannel", "GetSocket",
 )
-MOST_MESSAGE_BYTES = 32 * 1024 * 1024
-KEEPALIVE_MILLISECONDS = 30_000
-MOST_PENDING_CALLS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service to serve: its full name, the scope of each RPC, how it is added to a guarded server, and the RPCs that
-    many call at once."""
+    """A service to serve: its full name, the scope of each RPC, and how it is added to a guarded server."""
 
     name: str
     scopes: Mapping[str, str | None]
     add: Callable[[Any], None]
-    busy: Sequence[str] = ()
 
 
 def kit_scopes(*, reflection_open: bool) -> dict[str, str | None]:
@@ -72,39 +68,22 @@ class HealthBoard:
 
 def build_server(
     *, settings: ServerSettings, services: Sequence[Service], interceptor: CallInterceptor, health_board: HealthBoard
-) -> AcceptingServer:
-    """A server bound to settings.listen. Raises OSError when the port is taken."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 1 if settings.workers > 1 else 0),
-            ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MOST_MESSAGE_BYTES),
-            # gRPC would drop calls at random, as CANCELLED, once 1000 wait to be taken up; a burst waits instead.
-            ("grpc.server.max_pending_requests", MOST_PENDING_CALLS),
-            ("grpc.server.max_pending_requests_hard_limit", 2 * MOST_PENDING_CALLS),
-            ("grpc.server_max_unrequested_time_in_server", 120),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
-    )
-    busy = [f"/{service.name}/{method}" for service in services for method in service.busy]
-    guarded = interceptor.guard(server, busy=busy)
+) -> GrpcServer:
+    """A server bound to settings.listen. Raises OSError when it can not be bound."""
+    tls = _tls(settings)
+    try:
+        sockets = listen(settings.listen, share=settings.workers > 1)
+    except OSError as error:
+        raise OSError(f"can not listen on {settings.listen}: {error.strerror or error}") from error
+    server = GrpcServer(sockets, tls=tls)
+    guarded = interceptor.guard(server)
     for service in services:
         service.add(guarded)
     health_pb2_grpc.add_HealthServicer_to_server(health_board.servicer, guarded)
     names = [service.name for service in services]
     _add_reflection(guarded, [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, CHANNELZ])
-    channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), guarded)
-    try:
-        credentials = _credentials(settings)
-        if credentials is None:
-            server.add_insecure_port(settings.listen)
-        else:
-            server.add_secure_port(settings.listen, credentials)
-    except RuntimeError as error:
-        raise OSError(f"can not listen on {settings.listen}: the port is taken or the address is not here") from error
-    return AcceptingServer(server, guarded.busy_handlers)
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(LiveFigures(server), guarded)
+    return server
 
 
 def _add_reflection(server: GuardedServer, names: Sequence[str]) -> None:
@@ -119,11 +98,7 @@ def _add_reflection(server: GuardedServer, names: Sequence[str]) -> None:
     server.add_registered_method_handlers(REFLECTION_V1, {"ServerReflectionInfo": handler})
 
 
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+def _tls(settings: ServerSettings) -> ssl.SSLContext | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    client_ca = settings.tls_client_ca_file.read_bytes() if settings.tls_client_ca_file else None
-    return grpc.ssl_server_credentials(
-        [(settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())],
-        root_certificates=client_ca, require_client_auth=client_ca is not None,
-    )
+    return tls_context(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)

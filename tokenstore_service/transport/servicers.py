@@ -61,18 +61,13 @@ SCOPES: dict[str, dict[str, str | None]] = {
         "SetRewardRule": "prices.admin", "ListRewardRules": "ledger.read", "GrantReward": "charges.write",
     },
 }
-BUSY = {
-    "BalanceService": ("GetBalance",), "HoldService": ("OpenHolds",), "ChargeService": ("RecordCharges", "RecordUsage"),
-}
 
 
 def services(books: Books) -> list[Service]:
     """Every service of this server."""
 
     def service(name: str, add: Callable[[Any, Any], None], servicer: type) -> Service:
-        return Service(
-            f"{PACKAGE}.{name}", SCOPES[name], lambda server: add(servicer(books), server), busy=BUSY.get(name, ())
-        )
+        return Service(f"{PACKAGE}.{name}", SCOPES[name], lambda server: add(servicer(books), server))
 
     return [
         service("BalanceService", balance_service_pb2_grpc.add_BalanceServiceServicer_to_server, BalanceServicer),

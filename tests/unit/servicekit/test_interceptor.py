@@ -17,6 +17,7 @@ from servicekit.core.errors import DomainError, InvalidField
 from servicekit.core.ids import RandomIdSource
 from servicekit.rpc.auth import NoAuthentication
 from servicekit.rpc.call_info import current_call
+from servicekit.rpc.grpc_server import GrpcServer, listen
 from servicekit.rpc.interceptor import CallInterceptor
 from servicekit.rpc.validation import RequestValidator
 from servicekit.telemetry.metrics import RpcMetrics
@@ -76,7 +77,8 @@ async def served() -> AsyncIterator[tuple[grpc.aio.Channel, Handlers, CollectorR
         authenticator=NoAuthentication(), scopes={f"/test/{kind}": "llm.call" for kind in KINDS},
         validator=RequestValidator(), metrics=RpcMetrics(registry), clock=SystemClock(), ids=RandomIdSource(),
     )
-    server = grpc.aio.server()
+    sockets = listen("127.0.0.1:0")
+    server = GrpcServer(sockets)
     coders: Any = {"request_deserializer": Request.FromString, "response_serializer": Response.SerializeToString}
     interceptor.guard(server).add_registered_method_handlers("test", {
         "UnaryUnary": grpc.unary_unary_rpc_method_handler(handlers.unary_unary, **coders),  # type: ignore[arg-type]
@@ -84,7 +86,7 @@ async def served() -> AsyncIterator[tuple[grpc.aio.Channel, Handlers, CollectorR
         "StreamUnary": grpc.stream_unary_rpc_method_handler(handlers.stream_unary, **coders),  # type: ignore[arg-type]
         "StreamStream": grpc.stream_stream_rpc_method_handler(handlers.stream_stream, **coders),  # type: ignore[arg-type]
     })
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = sockets[0].getsockname()[1]
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel, handlers, registry
