@@ -70,7 +70,7 @@ from servicekit.lifecycle import Readiness, background, serve_until_stopped, sto
 from servicekit.outbox.message import Publisher
 from servicekit.outbox.relay import OutboxRelay
 from servicekit.rpc.auth import authenticator_of
-from servicekit.rpc.channel import TokenMetadata, open_channel
+from servicekit.rpc.channel import TokenMetadata, open_unary_channel
 from servicekit.rpc.interceptor import CallInterceptor
 from servicekit.rpc.server import HealthBoard, all_scopes, build_server
 from servicekit.rpc.validation import RequestValidator
@@ -116,7 +116,7 @@ async def serve(settings: Settings) -> None:
     writing = Database(
         url, schema=SCHEMA, application_name=f"{NAME}-writer", pool_size=WRITER_CONNECTIONS, by_key_only=True
     )
-    channel = open_channel(
+    channel = open_unary_channel(
         settings.tokenstore_target, ca_file=settings.tokenstore_tls_ca_file,
         cert_file=settings.tokenstore_tls_cert_file, key_file=settings.tokenstore_tls_key_file,
     )
@@ -162,7 +162,7 @@ async def serve(settings: Settings) -> None:
         publisher: Publisher = DirectChargeDelivery(channel, token)
         memory: Memories | None = None
         if settings.memory_target:
-            memory_channel = open_channel(
+            memory_channel = open_unary_channel(
                 settings.memory_target, ca_file=settings.memory_tls_ca_file,
                 cert_file=settings.memory_tls_cert_file, key_file=settings.memory_tls_key_file,
             )

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, model_validator
 from llm_service.domain.rate_limit import Limits
 from llm_service.domain.upstream_address import Reach
 from servicekit.sealing import keys_of
-from servicekit.settings import Address, AddressOrOff, ServerSettings, load_settings
+from servicekit.settings import Address, AddressOrOff, ServerSettings, Target, TargetOrOff, load_settings
 
 PREFIX = "LLM"
 
@@ -20,7 +20,7 @@ class Settings(ServerSettings):
 
     listen: Address = "127.0.0.1:50051"
     metrics_listen: AddressOrOff = "127.0.0.1:9091"
-    tokenstore_target: str = "127.0.0.1:50052"
+    tokenstore_target: Target = "127.0.0.1:50052"
     tokenstore_token_file: Path | None = None
     tokenstore_tls_ca_file: Path | None = None
     tokenstore_tls_cert_file: Path | None = None
@@ -42,7 +42,7 @@ class Settings(ServerSettings):
     user_max_concurrency: int = Field(default=0, ge=0, le=1_000_000)
     user_rpm: int = Field(default=0, ge=0, le=100_000_000)
     user_tpm: int = Field(default=0, ge=0, le=1_000_000_000)
-    memory_target: str = ""
+    memory_target: TargetOrOff = ""
     memory_token_file: Path | None = None
     memory_tls_ca_file: Path | None = None
     memory_tls_cert_file: Path | None = None

@@ -40,7 +40,7 @@ from servicekit.kafka.producer import KafkaProducer
 from servicekit.kafka.topics import ensure_topics
 from servicekit.lifecycle import Readiness, background, serve_until_stopped, stop_signal
 from servicekit.rpc.auth import authenticator_of
-from servicekit.rpc.channel import TokenMetadata, open_channel
+from servicekit.rpc.channel import TokenMetadata, open_unary_channel
 from servicekit.rpc.interceptor import CallInterceptor
 from servicekit.rpc.server import HealthBoard, all_scopes, build_server
 from servicekit.rpc.validation import RequestValidator
@@ -80,7 +80,7 @@ async def serve(settings: Settings) -> None:
         settings.full_database_url(), schema=SCHEMA, application_name=NAME, pool_size=settings.database_pool_size,
         transaction_seconds=MOST_TRANSACTION_SECONDS,
     )
-    channel = open_channel(
+    channel = open_unary_channel(
         settings.llm_target, ca_file=settings.llm_tls_ca_file, cert_file=settings.llm_tls_cert_file,
         key_file=settings.llm_tls_key_file,
     )

@@ -13,7 +13,7 @@ from memory_worker.domain.detectors import policy_from_text
 from memory_worker.usecases.memory_ports import Retention
 from memory_worker.usecases.ports import Policy
 from servicekit.sealing import keys_of
-from servicekit.settings import Address, AddressOrOff, ServerSettings, load_settings
+from servicekit.settings import Address, AddressOrOff, ServerSettings, Target, load_settings
 
 PREFIX = "MEMORY"
 
@@ -23,7 +23,7 @@ class Settings(ServerSettings):
 
     listen: Address = "127.0.0.1:50053"
     metrics_listen: AddressOrOff = "127.0.0.1:9093"
-    llm_target: str = "127.0.0.1:50051"
+    llm_target: Target = "127.0.0.1:50051"
     llm_token_file: Path | None = None
     llm_tls_ca_file: Path | None = None
     llm_tls_cert_file: Path | None = None

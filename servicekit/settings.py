@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 
 from servicekit.core.faults import faults_from
 
+DNS = "dns:///"
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
@@ -44,6 +45,15 @@ def _address_or_off(value: str) -> str:
     return _address(value) if value else value
 
 
+def _target(value: str) -> str:
+    split_address(value.removeprefix(DNS))
+    return value
+
+
+def _target_or_off(value: str) -> str:
+    return _target(value) if value else value
+
+
 def _postgres_url(value: SecretStr) -> SecretStr:
     if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
         raise ValueError("must be a postgresql:// URL")
@@ -63,6 +73,9 @@ def _fault(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_address)]
 AddressOrOff = Annotated[str, AfterValidator(_address_or_off)]
+Target = Annotated[str, AfterValidator(_target)]
+"""Where a service is called: `host:port`, also as gRPC writes it, `dns:///host:port`."""
+TargetOrOff = Annotated[str, AfterValidator(_target_or_off)]
 PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
 
 

@@ -12,19 +12,14 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
-
-import aiohappyeyeballs
+from typing import NamedTuple, cast
 
 from llm_service.clients.http_connection import HttpConnection
 from llm_service.domain.upstream_address import Address
+from servicekit.dialing import AddressInfo, dial
 
 IDLE_SECONDS = 60.0
 LOOKUP_SECONDS = 60.0
-NEXT_ADDRESS_SECONDS = 0.25
-"""When one address of several does not answer, the next is tried beside it (RFC 8305, 5: 250 ms)."""
-
-AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
 
 
 class AddressRefused(OSError):
@@ -72,23 +67,14 @@ class HttpPool:
         if not infos:
             raise AddressRefused(f"{origin.host} has no address that may be asked")
         try:
-            sock = await aiohappyeyeballs.start_connection(
-                infos, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
-            )
-        except OSError:
-            self._lookups.pop(origin, None)
-            raise
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            tls: dict[str, Any] = {"ssl": _tls(), "server_hostname": origin.host} if origin.is_tls else {}
-            _, connection = await asyncio.get_running_loop().create_connection(
+            connection = await dial(
                 lambda: HttpConnection(
                     on_idle=functools.partial(self._rest, origin), on_lost=functools.partial(self._forget, origin)
                 ),
-                sock=sock, **tls,
+                infos, host=origin.host, tls=_tls() if origin.is_tls else None,
             )
-        except BaseException:
-            sock.close()
+        except OSError:
+            self._lookups.pop(origin, None)
             raise
         if connection.is_open:
             self._open.add(connection)

@@ -1,10 +1,10 @@
-"""One HTTP/2 connection of a server on asyncio (RFC 9113): frames in, streams, flow control, frames out.
+"""One HTTP/2 connection on asyncio, either side of it (RFC 9113): frames in, streams, flow control, frames out.
 
-It knows nothing of what is served: `Streams` make an object for each request, and the connection feeds it. What several
-streams send within one turn of the event loop goes out in one write.
+It knows nothing of what is served or asked. What several streams send within one turn of the event loop goes out in one
+write. `server.py` and `client.py` beside this have what only one side does.
 
-Limits, so that a peer can not make a server work or remember without end: concurrent streams, bytes and frames of a
-header block, bytes of unfinished requests, resets (CVE-2023-44487), empty frames, and answers that are not read.
+Limits, so that a peer can not make this side work or remember without end: bytes and frames of a header block, bytes of
+unfinished messages, empty frames, and frames that the peer does not read.
 """
 
 from __future__ import annotations
@@ -12,52 +12,34 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
-
-import hpack
+from typing import Any
 
 from servicekit.http2 import frames
 from servicekit.http2.frames import ErrorCode, Flag, Http2Error, Kind, Setting
-from servicekit.http2.headers import RequestHeaders, read_request, require_trailers
+from servicekit.http2.headers import Block, BlockReader, Fields, require_trailers
 
-MOST_STREAMS = 10_000
-"""At once on one connection."""
 STREAM_WINDOW = 2**20
 CONNECTION_WINDOW = 2**24
 MOST_UNFINISHED_BYTES = 96 * 2**20
-"""Of requests that have not wholly arrived, all streams of a connection together."""
+"""Of messages that have not wholly arrived, all streams of a connection together."""
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_CONTINUATIONS = 32
 MOST_EMPTY_FRAMES = 200
 """DATA without a byte and without an end, and PRIORITY: they cost work and mean nothing."""
-SPARE_RESETS = 1000
-"""A peer that resets this many calls more than it lets end is asked to come back on another connection."""
 PENDING_BYTES = 256 * 2**10
 """What may wait for the next turn's write before a stream has to wait."""
 MOST_UNREAD_BYTES = 8 * 2**20
-"""Of answers that the peer does not read; streams stop far earlier, this is for floods of PING and SETTINGS."""
-PREFACE_SECONDS = 20.0
+"""Of what the peer does not read; streams stop far earlier, this is for floods of PING and SETTINGS."""
 KEEPALIVE_SECONDS = 30.0
 KEEPALIVE_ANSWER_SECONDS = 20.0
 _HEADER = frames.HEADER
-
-
-class Streams(Protocol):
-    """What serves the streams of a connection."""
-
-    def begin(self, connection: Connection, stream_id: int, headers: RequestHeaders) -> Stream:
-        """The object that stands for a request."""
-
-    def opened(self, connection: Connection) -> None: ...
-
-    def closed(self, connection: Connection) -> None: ...
 
 
 class Stream:
     """One request and its answer. Subclasses take what arrives; each method is called on the event loop."""
 
     __slots__ = (
-        "_is_sending", "_opening", "connection", "is_closed", "missing", "request_ended", "send_window", "stream_id",
+        "_is_sending", "_opening", "connection", "input_ended", "is_closed", "missing", "send_window", "stream_id",
         "uncredited", "unfinished",
     )
 
@@ -65,12 +47,13 @@ class Stream:
         self.connection = connection
         self.stream_id = stream_id
         self.send_window = connection.initial_send_window
-        self.request_ended = False
+        self.input_ended = False
         self.is_closed = False
         """Both sides have ended, or one reset it."""
         self.uncredited = 0
         """Bytes that arrived and that the peer was not yet allowed to send again."""
         self.unfinished = 0
+        """Bytes of a message that has not wholly arrived."""
         self.missing: int | None = None
         """Bytes of the body that its content-length promised, if it has one, and that have not arrived."""
         self._is_sending = False
@@ -78,20 +61,16 @@ class Stream:
 
     # What arrives
 
-    def begun(self) -> None:
-        """The headers are here; from now on it may answer."""
-        raise NotImplementedError
-
     def data_arrived(self, data: bytes) -> None:
-        """Some bytes of the request's body."""
+        """Some bytes of the body."""
         raise NotImplementedError
 
-    def request_arrived(self) -> None:
-        """The request has ended; there may be no byte of a body."""
+    def input_complete(self) -> None:
+        """The peer has said everything."""
         raise NotImplementedError
 
-    def aborted(self, reason: str) -> None:
-        """The peer reset the stream, or the connection is gone: nobody will read an answer."""
+    def aborted(self, reason: str, code: ErrorCode | None) -> None:
+        """The peer reset the stream with `code`, or the connection is gone: nobody reads what is sent."""
         raise NotImplementedError
 
     def ended(self) -> None:
@@ -108,11 +87,15 @@ class Stream:
         """Frames of headers, one message, frames of trailers, all at once, if nothing has to wait; else nothing."""
         size = len(data)
         connection = self.connection
-        if connection.is_full or size > min(self.send_window, connection.send_window, connection.most_frame):
+        if connection.is_full or size > min(self.send_window, connection.send_window):
             return False
         self.send_window -= size
         connection.send_window -= size
-        connection.push(b"%b%b%b%b" % (head, frames.frame_header(size, Kind.DATA, 0, self.stream_id), data, tail))
+        if size <= connection.most_frame:
+            framed = frames.frame_header(size, Kind.DATA, 0, self.stream_id) + data
+        else:
+            framed = frames.data_frames(self.stream_id, data, connection.most_frame)
+        connection.push(head + framed + tail)
         return True
 
     async def send(self, head: bytes, data: bytes, tail: bytes = b"") -> None:
@@ -134,6 +117,7 @@ class Stream:
             self.connection.push(frames.frame_header(size, Kind.DATA, 0, self.stream_id) + view[:size])
             view = view[size:]
         self._is_sending = False
+        self._require_open()
         if tail:
             self.connection.push(tail)
 
@@ -156,33 +140,26 @@ class Stream:
 
     def credit(self) -> None:
         """What arrived was taken: the peer may send as much again."""
-        if self.uncredited >= STREAM_WINDOW // 4 and not self.request_ended and not self.is_closed:
+        if self.uncredited >= STREAM_WINDOW // 4 and not self.input_ended and not self.is_closed:
             self.connection.push(frames.window_update_frame(self.stream_id, self.uncredited))
             self.uncredited = 0
 
-    def finished(self, *, code: ErrorCode | None = None) -> None:
-        """The answer has ended. A request that has not is cut off, as a code or because nobody reads on."""
-        if self.is_closed:
-            return
-        if code is not None:
+    def reset(self, code: ErrorCode) -> None:
+        """Nothing more is said, and nothing more is heard."""
+        if not self.is_closed:
             self.connection.push(frames.reset_frame(self.stream_id, code))
-        elif not self.request_ended:
-            self.connection.push(frames.reset_frame(self.stream_id, ErrorCode.NO_ERROR))
-        if code is None:
-            self.connection.streams_finished += 1
-        self.connection.forget(self)
+            self.connection.forget(self)
 
 
 class Connection(asyncio.Protocol):
-    """Of one client."""
+    """With one peer. Subclasses say what headers mean that begin something."""
 
-    def __init__(self, streams: Streams) -> None:
-        self._served = streams
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._rest = b""
-        self._read: Callable[[bytes], None] = self._read_preface
-        self._decoder = hpack.Decoder(max_header_list_size=MOST_HEADER_BYTES)
+        self._read: Callable[[bytes], None] = self._read_frames
+        self._blocks = BlockReader(most_bytes=MOST_HEADER_BYTES)
         self._out: list[bytes] = []
         self._out_size = 0
         self._is_flush_due = False
@@ -193,7 +170,6 @@ class Connection(asyncio.Protocol):
         """Of HEADERS that are continued: stream, flags, bytes, frames."""
         self._unacknowledged = 0
         self._empty_frames = 0
-        self._resets_left = SPARE_RESETS
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False
         self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
@@ -202,36 +178,38 @@ class Connection(asyncio.Protocol):
             Kind.PING: self._on_ping, Kind.GOAWAY: self._on_goaway, Kind.WINDOW_UPDATE: self._on_window_update,
             Kind.CONTINUATION: self._on_continuation,
         }
-        self.number = 0
-        """What its server calls it."""
         self.streams: dict[int, Stream] = {}
         self.blocked: set[Stream] = set()
         """Streams that wait for a window."""
         self.last_stream_id = 0
+        """The newest that the client has begun."""
         self.unfinished = 0
         self.is_going_away = False
         self.is_lost = False
         self.initial_send_window = frames.DEFAULT_WINDOW
         self.send_window = frames.DEFAULT_WINDOW
         self.most_frame = frames.DEFAULT_FRAME_SIZE
-        self.streams_begun = 0
-        self.streams_finished = 0
-        """Of them those whose answer was given to its end."""
+
+    # What the two sides do differently
+
+    def _headers_arrived(self, stream_id: int, block: Block, *, ends: bool) -> None:
+        """Headers of a stream that is not open, or of one on the client's side."""
+        raise NotImplementedError
+
+    def _went_away(self, last_stream_id: int, code: int) -> None:
+        """The peer takes no more streams, and none above `last_stream_id` was or will be touched."""
+        raise NotImplementedError
+
+    def _was_reset(self, stream: Stream) -> None:
+        """The peer cancelled one stream."""
+
+    def _setting_changed(self, name: int, value: int) -> None:
+        """Of those that only one side cares for."""
 
     # The transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        tls = transport.get_extra_info("ssl_object")
-        if tls is not None and tls.selected_alpn_protocol() != "h2":
-            self._transport.abort()
-            return
-        self._served.opened(self)
-        self._timer = self._loop.call_later(PREFACE_SECONDS, self._no_preface)
-        self.push(frames.settings_frame({
-            Setting.MAX_CONCURRENT_STREAMS: MOST_STREAMS, Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-            Setting.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,
-        }) + frames.window_update_frame(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW))
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -248,9 +226,8 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         for stream in list(self.streams.values()):
-            self._abort(stream, "the connection is gone")
+            self._abort(stream, "the connection is gone", None)
         self.resume_writing()
-        self._served.closed(self)
 
     def pause_writing(self) -> None:
         self._is_paused = True
@@ -264,6 +241,11 @@ class Connection(asyncio.Protocol):
     def address(self, which: str) -> Any:
         """`sockname` or `peername`: a tuple that begins with host and port, or whatever else the transport says."""
         return self._transport.get_extra_info(which)
+
+    def _speaks_http2(self) -> bool:
+        """With TLS, whether that was agreed on (ALPN)."""
+        tls = self._transport.get_extra_info("ssl_object")
+        return tls is None or tls.selected_alpn_protocol() == "h2"
 
     # Out
 
@@ -305,13 +287,6 @@ class Connection(asyncio.Protocol):
 
     # Its end
 
-    def go_away(self) -> None:
-        """No new streams; the connection ends with the last of those that run."""
-        if not self.is_going_away:
-            self.is_going_away = True
-            self.push(frames.goaway_frame(self.last_stream_id, ErrorCode.NO_ERROR))
-            self._close_if_done()
-
     def close(self) -> None:
         """At once, after what was pushed."""
         self._flush()
@@ -339,21 +314,22 @@ class Connection(asyncio.Protocol):
         self.unfinished -= stream.unfinished
         stream.unfinished = 0
         self.streams.pop(stream.stream_id, None)
-        if self._resets_left < SPARE_RESETS:
-            self._resets_left += 1
         stream.wake()
         stream.ended()
         if self.is_going_away:
             self._close_if_done()
 
-    def _abort(self, stream: Stream, reason: str) -> None:
+    def _abort(self, stream: Stream, reason: str, code: ErrorCode | None) -> None:
         self.forget(stream)
-        stream.aborted(reason)
+        stream.aborted(reason, code)
 
     # Liveness
 
-    def _no_preface(self) -> None:
-        self._transport.abort()
+    def _watch(self) -> None:
+        """From now on the peer must be heard of, at least when it is asked."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(KEEPALIVE_SECONDS, self._keep_alive)
 
     def _keep_alive(self) -> None:
         if self._heard:
@@ -370,18 +346,6 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     # In
-
-    def _read_preface(self, data: bytes) -> None:
-        if not data.startswith(frames.PREFACE):
-            if not frames.PREFACE.startswith(data):
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, "this is a gRPC server: HTTP/2 without an upgrade")
-            self._rest = data
-            return
-        assert self._timer is not None
-        self._timer.cancel()
-        self._timer = self._loop.call_later(KEEPALIVE_SECONDS, self._keep_alive)
-        self._read = self._read_frames
-        self._read_frames(data[len(frames.PREFACE):])
 
     def _read_frames(self, data: bytes) -> None:
         position, size = 0, len(data)
@@ -414,7 +378,7 @@ class Connection(asyncio.Protocol):
         self.push(frames.reset_frame(error.stream_id, error.code))
         stream = self.streams.get(error.stream_id)
         if stream is not None:
-            self._abort(stream, str(error))
+            self._abort(stream, str(error), None)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
@@ -423,7 +387,7 @@ class Connection(asyncio.Protocol):
             self.push(frames.window_update_frame(0, self._unacknowledged))
             self._unacknowledged = 0
         stream = self.streams.get(stream_id)
-        if stream is None or stream.request_ended:
+        if stream is None or stream.input_ended:
             self._require_begun(stream_id)
             raise Http2Error(ErrorCode.STREAM_CLOSED, "DATA after the end of a stream", stream_id=stream_id)
         if flags & Flag.PADDED:
@@ -438,15 +402,15 @@ class Connection(asyncio.Protocol):
         elif not flags & Flag.END_STREAM:
             self._count_empty_frame()
         if flags & Flag.END_STREAM and not stream.is_closed:
-            self._end_request(stream)
+            self._end_input(stream)
 
-    def _end_request(self, stream: Stream) -> None:
+    def _end_input(self, stream: Stream) -> None:
         if stream.missing:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "content-length is not the body's", stream_id=stream.stream_id)
-        stream.request_ended = True
+        stream.input_ended = True
         self.unfinished -= stream.unfinished
         stream.unfinished = 0
-        stream.request_arrived()
+        stream.input_complete()
 
     def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if flags & Flag.PADDED:
@@ -456,7 +420,7 @@ class Connection(asyncio.Protocol):
                 raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "HEADERS are too short for their priority")
             payload = payload[5:]
         if flags & Flag.END_HEADERS:
-            self._headers_arrived(flags, stream_id, payload)
+            self._block_arrived(flags, stream_id, payload)
         else:
             self._block = (stream_id, flags, bytearray(payload), 0)
 
@@ -470,38 +434,22 @@ class Connection(asyncio.Protocol):
         self._block = (stream_id, first_flags, block, count + 1)
         if flags & Flag.END_HEADERS:
             self._block = None
-            self._headers_arrived(first_flags, stream_id, bytes(block))
+            self._block_arrived(first_flags, stream_id, bytes(block))
 
-    def _headers_arrived(self, flags: int, stream_id: int, block: bytes) -> None:
-        try:
-            fields: Any = self._decoder.decode(block, raw=True)
-        except hpack.HPACKError as error:
-            raise Http2Error(ErrorCode.COMPRESSION_ERROR, "a block of headers can not be read") from error
-        stream = self.streams.get(stream_id)
-        if stream is not None:
-            if stream.request_ended:
-                raise Http2Error(ErrorCode.STREAM_CLOSED, "HEADERS after the end of a stream", stream_id=stream_id)
-            if not flags & Flag.END_STREAM:
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, "HEADERS within a request", stream_id=stream_id)
-            require_trailers(fields, stream_id)
-            self._end_request(stream)
-            return
-        if stream_id % 2 == 0:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "a client's streams have odd numbers")
-        if stream_id <= self.last_stream_id:
-            raise Http2Error(ErrorCode.STREAM_CLOSED, "HEADERS of a stream that has ended")
-        if self.is_going_away:
-            return
-        self.last_stream_id = stream_id
-        if len(self.streams) >= MOST_STREAMS:
-            raise Http2Error(ErrorCode.REFUSED_STREAM, "too many streams", stream_id=stream_id)
-        headers = read_request(fields, stream_id)
-        self.streams_begun += 1
-        stream = self.streams[stream_id] = self._served.begin(self, stream_id, headers)
-        stream.missing = headers.content_length
-        stream.begun()
-        if flags & Flag.END_STREAM and not stream.is_closed:
-            self._end_request(stream)
+    def _block_arrived(self, flags: int, stream_id: int, block: bytes) -> None:
+        read = self._blocks.read(block)
+        if not stream_id:
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "HEADERS of no stream")
+        self._headers_arrived(stream_id, read, ends=bool(flags & Flag.END_STREAM))
+
+    def _trailers_arrived(self, stream: Stream, fields: Fields, *, ends: bool) -> None:
+        """Headers behind the body. What they say is not looked at."""
+        if stream.input_ended:
+            raise Http2Error(ErrorCode.STREAM_CLOSED, "HEADERS after the end", stream_id=stream.stream_id)
+        if not ends:
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "HEADERS within a message", stream_id=stream.stream_id)
+        require_trailers(fields, stream.stream_id)
+        self._end_input(stream)
 
     def _on_priority(self, flags: int, stream_id: int, payload: bytes) -> None:
         """Deprecated (section 5.3.2), and ignored."""
@@ -517,12 +465,8 @@ class Connection(asyncio.Protocol):
         self._require_begun(stream_id)
         stream = self.streams.get(stream_id)
         if stream is not None:
-            self._resets_left -= 2
-            self._abort(stream, "the client cancelled")
-            if self._resets_left < 0 and not self.is_going_away:
-                self.is_going_away = True
-                self.push(frames.goaway_frame(self.last_stream_id, ErrorCode.ENHANCE_YOUR_CALM, "too many resets"))
-                self._close_if_done()
+            self._abort(stream, "the other side cancelled", frames.error_code(payload))
+            self._was_reset(stream)
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id:
@@ -537,6 +481,8 @@ class Connection(asyncio.Protocol):
                 self._resize_windows(value)
             elif name == Setting.MAX_FRAME_SIZE:
                 self.most_frame = min(value, 2**20)
+            else:
+                self._setting_changed(name, value)
         self.push(frames.frame(Kind.SETTINGS, Flag.ACK, 0))
 
     def _resize_windows(self, size: int) -> None:
@@ -549,7 +495,7 @@ class Connection(asyncio.Protocol):
             stream.wake()
 
     def _on_push_promise(self, flags: int, stream_id: int, payload: bytes) -> None:
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, "a client can not promise")
+        raise Http2Error(ErrorCode.PROTOCOL_ERROR, "nobody here wants promises")
 
     def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id:
@@ -560,11 +506,12 @@ class Connection(asyncio.Protocol):
             self.push(frames.frame(Kind.PING, Flag.ACK, 0, payload))
 
     def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """The client will begin nothing more; what it began it still reads."""
         if stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "GOAWAY of a stream")
         if len(payload) < 8:
             raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY is shorter than 8 bytes")
+        last_stream_id, code = struct.unpack_from(">II", payload)
+        self._went_away(last_stream_id & frames.STREAM_MASK, code)
 
     def _on_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:

@@ -12,6 +12,7 @@ HEADER = struct.Struct(">HBBBI")
 """Length (upper 16 bits, lower 8), type, flags, stream."""
 STREAM_MASK = 0x7FFFFFFF
 MOST_WINDOW = 2**31 - 1
+MOST_STREAM_ID = STREAM_MASK - 1
 DEFAULT_WINDOW = 65_535
 DEFAULT_FRAME_SIZE = 16_384
 MOST_FRAME_SIZE = 2**24 - 1
@@ -114,6 +115,23 @@ def reset_frame(stream_id: int, code: ErrorCode) -> bytes:
 
 def goaway_frame(last_stream_id: int, code: ErrorCode, text: str = "") -> bytes:
     return frame(Kind.GOAWAY, 0, 0, struct.pack(">II", last_stream_id, code) + text.encode())
+
+
+def data_frames(stream_id: int, data: bytes, most_frame: int) -> bytes:
+    """A body's part in as many frames as it needs; it does not end there."""
+    parts: list[bytes] = []
+    for start in range(0, len(data), most_frame):
+        part = data[start : start + most_frame]
+        parts += (frame_header(len(part), Kind.DATA, 0, stream_id), part)
+    return b"".join(parts)
+
+
+def error_code(payload: bytes) -> ErrorCode:
+    """Of RST_STREAM; codes that are not known mean the same as INTERNAL_ERROR (section 7)."""
+    try:
+        return ErrorCode(int.from_bytes(payload, "big"))
+    except ValueError:
+        return ErrorCode.INTERNAL_ERROR
 
 
 def headers_frames(stream_id: int, block: bytes, *, end_stream: bool, most_frame: int = DEFAULT_FRAME_SIZE) -> bytes:

@@ -8,27 +8,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
+
+import hpack
 
 from servicekit.http2.frames import ErrorCode, Http2Error
 
-STATUS_OK = b"\x88"
-""":status 200 is field 8 of the static table."""
-_STATUS_NAME = b"\x08"
 _PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
 _OF_ONE_CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+
+MOST_KNOWN_BLOCKS = 64
+MOST_KNOWN_BYTES = 1024
+_RESIZES = 0x20
+"""The first bits of a block that changes the table's size (RFC 7541, section 6.3)."""
 
 Fields = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
+class Block:
+    """Fields as they arrived, and the request that they are, once it was read."""
+
+    fields: Fields
+    request: RequestHeaders | None = None
+
+
+@dataclass(slots=True)
 class RequestHeaders:
-    """`fields` are in the order of their arrival, names in lower case."""
+    """`fields` are in the order of their arrival, names in lower case. `meaning` is what the layer above made of them:
+    a client says the same headers again and again, and they are the same object then."""
 
     method: bytes
     path: bytes
-    authority: bytes
     fields: list[tuple[bytes, bytes]]
     content_length: int | None
+    meaning: Any = None
+
+
+class BlockReader:
+    """Blocks of headers of one connection, decoded. A block that was read before, and since when the table that both
+    sides keep has not changed, is not decoded again."""
+
+    def __init__(self, *, most_bytes: int) -> None:
+        self._decoder = hpack.Decoder(max_header_list_size=most_bytes)
+        self._known: dict[bytes, Block] = {}
+
+    def read(self, block: bytes) -> Block:
+        """Raises Http2Error."""
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        table = self._decoder.header_table.dynamic_entries
+        before = (len(table), table[0] if table else None)
+        try:
+            read = Block(cast("Fields", self._decoder.decode(block, raw=True)))
+        except hpack.HPACKError as error:
+            raise Http2Error(ErrorCode.COMPRESSION_ERROR, "a block of headers can not be read") from error
+        if len(table) != before[0] or (table and table[0] is not before[1]):
+            self._known.clear()
+        elif len(block) <= MOST_KNOWN_BYTES and len(self._known) < MOST_KNOWN_BLOCKS and block[:1] and (
+            block[0] & 0xE0 != _RESIZES
+        ):
+            self._known[block] = read
+        return read
 
 
 def encode(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -40,7 +82,14 @@ def encode(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def encode_status(status: int) -> bytes:
-    return STATUS_OK if status == 200 else b"%b\x03%d" % (_STATUS_NAME, status)
+    """Field 8 of the static table is `:status 200`, and lends its name to the others."""
+    return b"\x88" if status == 200 else b"\x08\x03%d" % status
+
+
+def encode_request(path: bytes, authority: bytes, *, secure: bool) -> bytes:
+    """The pseudo-headers of a POST, by the static table (RFC 7541, appendix A)."""
+    scheme = b"\x87" if secure else b"\x86"
+    return b"".join((b"\x83", scheme, b"\x04", _length(len(path)), path, b"\x01", _length(len(authority)), authority))
 
 
 def _length(value: int) -> bytes:
@@ -75,7 +124,7 @@ def read_request(decoded: Fields, stream_id: int) -> RequestHeaders:
     path = pseudo.get(b":path")
     if b":method" not in pseudo or b":scheme" not in pseudo or not path:
         raise _malformed("a pseudo-header is missing", stream_id)
-    return RequestHeaders(pseudo[b":method"], path, pseudo.get(b":authority", b""), fields, content_length)
+    return RequestHeaders(pseudo[b":method"], path, fields, content_length)
 
 
 def require_trailers(decoded: Fields, stream_id: int) -> None:

@@ -1,4 +1,8 @@
-"""Channels to other services: TLS, the service token on every call, reconnects that do not wait for minutes."""
+"""Channels to other services: TLS, the service token on every call, reconnects that do not wait for minutes.
+
+Between services all calls are unary and go over a channel of ours; the command line, which also reads streams, uses
+gRPC's.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+
+from servicekit.rpc.grpc_client import UnaryChannel, client_tls
 
 OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -20,18 +26,18 @@ OPTIONS = (
 )
 
 
-def open_channel(
-    target: str, *, ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None
-) -> grpc.aio.Channel:
-    """A channel to `target`; TLS when a CA is given, mTLS when a certificate is given too."""
+def open_channel(target: str, *, ca_file: Path | None = None) -> grpc.aio.Channel:
+    """For the command line; TLS when a CA is given."""
     if ca_file is None:
         return grpc.aio.insecure_channel(target, options=OPTIONS)
-    credentials = grpc.ssl_channel_credentials(
-        ca_file.read_bytes(),
-        key_file.read_bytes() if key_file else None,
-        cert_file.read_bytes() if cert_file else None,
-    )
-    return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca_file.read_bytes()), options=OPTIONS)
+
+
+def open_unary_channel(
+    target: str, *, ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None
+) -> UnaryChannel:
+    """Between services; TLS when a CA is given, mTLS when a certificate is given too."""
+    return UnaryChannel(target, tls=None if ca_file is None else client_tls(ca_file, cert_file, key_file))
 
 
 class TokenMetadata:

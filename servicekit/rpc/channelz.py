@@ -50,8 +50,8 @@ class LiveFigures(channelz.aio.ChannelzServicer):  # type: ignore[misc]  # untyp
         return messages.GetSocketResponse(socket=messages.Socket(
             ref=messages.SocketRef(socket_id=request.socket_id, name=self._peer(number)),
             data=messages.SocketData(
-                streams_started=connection.streams_begun, streams_succeeded=connection.streams_finished,
-                streams_failed=connection.streams_begun - connection.streams_finished - len(connection.streams),
+                streams_started=connection.streams_begun, streams_succeeded=connection.streams_answered,
+                streams_failed=connection.streams_begun - connection.streams_answered - len(connection.streams),
                 remote_flow_control_window={"value": connection.send_window},
             ),
             local=_address(connection.address("sockname")), remote=_address(connection.address("peername")),

@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 
-from servicekit.http2.connection import Connection
 from servicekit.http2.headers import RequestHeaders
+from servicekit.http2.server import ServerConnection
 from servicekit.rpc.grpc_call import Call, Handler
 from servicekit.settings import split_address
 from servicekit.telemetry.logs import EventLogger
@@ -35,7 +35,7 @@ class GrpcServer:
         self.sockets = list(sockets)
         self.handlers: dict[str, Handler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self.connections: dict[int, Connection] = {}
+        self.connections: dict[int, ServerConnection] = {}
         self.calls_begun = 0
         self.calls_succeeded = 0
         self.calls_failed = 0
@@ -51,8 +51,10 @@ class GrpcServer:
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {"ssl_handshake_timeout": HANDSHAKE_SECONDS} if self._tls else {}
+        if self._tls:
+            options["ssl"] = self._tls
         self._listeners = [
-            await loop.create_server(lambda: Connection(self), sock=each, ssl=self._tls, backlog=BACKLOG, **options)
+            await loop.create_server(lambda: ServerConnection(self), sock=each, backlog=BACKLOG, **options)
             for each in self.sockets
         ]
 
@@ -78,7 +80,7 @@ class GrpcServer:
 
     # What connections ask
 
-    def begin(self, connection: Connection, stream_id: int, headers: RequestHeaders) -> Call:
+    def begin(self, connection: ServerConnection, stream_id: int, headers: RequestHeaders) -> Call:
         self.calls_begun += 1
         return Call(connection, stream_id, headers, self)
 
@@ -88,13 +90,13 @@ class GrpcServer:
         else:
             self.calls_failed += 1
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: ServerConnection) -> None:
         connection.number = next(self._numbers)
         self.connections[connection.number] = connection
         if self._is_stopping:
             connection.go_away()
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: ServerConnection) -> None:
         self.connections.pop(connection.number, None)
 
 

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from servicekit.http2 import connection, frames
+from servicekit.http2 import connection, frames, server
 from servicekit.http2.frames import ErrorCode, Flag, Kind, Setting
 from servicekit.rpc import grpc_call
 from servicekit.rpc.grpc_server import GrpcServer, listen, tls_context
@@ -605,7 +605,7 @@ async def test_a_client_of_another_protocol_is_sent_away(served: Served, said: b
 
 
 async def test_a_client_that_says_nothing_is_sent_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PREFACE_SECONDS", 0.05)
+    monkeypatch.setattr(server, "PREFACE_SECONDS", 0.05)
     async with Peer(served.port, greet=False) as peer:
         peer.send(frames.PREFACE[:10])
         assert await peer.is_closed()
@@ -626,7 +626,7 @@ async def test_a_client_that_is_silently_gone_is_noticed(served: Served, monkeyp
 
 
 async def test_more_streams_than_allowed_are_refused_unharmed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "MOST_STREAMS", 3)
+    monkeypatch.setattr(server, "MOST_STREAMS", 3)
     async with Peer(served.port) as peer:
         peer.send(*(peer.request(number, path="/test/Wait") for number in (1, 3, 5, 7)))
         reset = await peer.until(Kind.RST_STREAM)
@@ -639,7 +639,7 @@ async def test_more_streams_than_allowed_are_refused_unharmed(served: Served, mo
 
 
 async def test_resets_without_end_are_asked_to_come_back_later(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SPARE_RESETS", 100)
+    monkeypatch.setattr(server, "SPARE_RESETS", 100)
     async with Peer(served.port) as peer:
         for number in range(1, 400, 2):
             peer.send(peer.request(number, path="/test/Wait"), frames.reset_frame(number, ErrorCode.CANCEL))
@@ -652,7 +652,7 @@ async def test_resets_without_end_are_asked_to_come_back_later(served: Served, m
 
 
 async def test_a_client_that_cancels_half_of_its_calls_is_welcome(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SPARE_RESETS", 20)
+    monkeypatch.setattr(server, "SPARE_RESETS", 20)
     async with Peer(served.port) as peer:
         for number in range(1, 400, 4):
             peer.send(peer.request(number), peer.request(number + 2, path="/test/Wait"))

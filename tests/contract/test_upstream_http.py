@@ -20,6 +20,7 @@ from llm_service.domain.deployment import BUILT_IN, Deployment, Timeouts
 from llm_service.domain.routing import FailureKind
 from llm_service.domain.upstream_address import Reach
 from llm_service.usecases.ports import UpstreamFailure
+from servicekit import dialing
 from tests.support.certificates import Certificates
 
 Talk = Callable[["Peer"], Awaitable[None]]
@@ -458,7 +459,7 @@ async def test_the_connect_timeout(server: Server, http: UpstreamHttp, monkeypat
     async def never(*_: object, **__: object) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(http_pool.aiohappyeyeballs, "start_connection", never)
+    monkeypatch.setattr(dialing.aiohappyeyeballs, "start_connection", never)
     _, failure, sent = await failure_of(http, deployment(server, timeouts=Timeouts(connect=0.05)))
     assert (failure.detail, sent) == ("the connect timeout passed", False)
 

@@ -319,6 +319,7 @@ def test_another_embedder_is_filled_in_beside_the_old_one_and_serves_at_once_whe
     memory = mesh.start_memory()
     mesh.credit("u", CREDIT)
     remember(mesh, "u", "I like tea. I live in Rome.", "m1")
+    mesh.wait_for_rest()
     balance = mesh.balance("u").balance_micros
 
     def found() -> list[str]:

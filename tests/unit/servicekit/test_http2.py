@@ -69,6 +69,38 @@ def test_a_malformed_request_ends_its_stream_alone(fields: list[tuple[bytes, byt
     assert (caught.value.code, caught.value.stream_id) == (ErrorCode.PROTOCOL_ERROR, 5)
 
 
+FIELD = st.tuples(st.sampled_from([b"a", b"b", b"c", b"grpc-timeout"]), st.sampled_from([b"1", b"2", b"x" * 60]))
+
+
+@given(st.lists(st.one_of(st.lists(FIELD, max_size=4), st.integers(0, 6)), max_size=60), st.sampled_from([0, 60, 200, 4096]))
+def test_blocks_are_read_as_they_were_meant_however_often_they_come(said: list[list[tuple[bytes, bytes]] | int], size: int) -> None:
+    """Lists of fields, said again or anew, and changes of the table's size in between."""
+    encoder, reader = hpack.Encoder(), headers.BlockReader(most_bytes=2**16)
+    encoder.header_table_size = size
+    earlier: list[list[tuple[bytes, bytes]]] = []
+    for each in said:
+        if isinstance(each, int):
+            encoder.header_table_size = each * 50
+            if not earlier:
+                continue
+            fields = earlier[each % len(earlier)]
+        else:
+            fields = each
+            earlier.append(each)
+        block = encoder.encode(fields, huffman=bool(len(earlier) % 2))
+        assert [tuple(field) for field in reader.read(block).fields] == fields
+
+
+def test_a_block_that_was_read_is_not_read_again() -> None:
+    encoder, reader = hpack.Encoder(), headers.BlockReader(most_bytes=2**16)
+    reader.read(encoder.encode(GOOD))
+    block = encoder.encode(GOOD)
+    assert reader.read(block) is reader.read(block)
+    first = reader.read(block)
+    reader.read(encoder.encode([(b"new", b"to the table")]))
+    assert reader.read(encoder.encode(GOOD)) is not first
+
+
 def test_trailers_have_no_pseudo_headers() -> None:
     headers.require_trailers([(b"x-own", b"1")], 5)
     with pytest.raises(Http2Error):
