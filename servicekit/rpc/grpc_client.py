@@ -230,9 +230,10 @@ class UnaryChannel(grpc.aio.Channel):
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-                connection = await dial(ClientConnection, cast("list[AddressInfo]", found), host=self._host, tls=self._tls)
+                addresses = cast("list[AddressInfo]", found)
+                connection = await dial(ClientConnection, addresses, host=self._host, tls=self._tls)
                 await connection.greeted()
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:
             self._pause = min(self._pause * PAUSE_GROWTH or FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS)
             self._retry_at = loop.time() + self._pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
             self._trouble = f"no connection to {self._host}:{self._port}: {_reason(error)}"
