@@ -16,6 +16,8 @@ from servicekit.telemetry.logs import EventLogger
 log = EventLogger(__name__)
 
 READINESS_SECONDS = 0.5
+NOT_READY_SECONDS = 0.1
+"""Between two looks while something is missing."""
 CHECK_TIMEOUT_SECONDS = 2.0
 
 
@@ -28,11 +30,15 @@ class Readiness:
         self._draining = False
         self._failing: set[str] | None = None
 
+    async def begin(self) -> None:
+        """NOT_SERVING until the checks have passed once; the library would say SERVING meanwhile."""
+        await self._board.show(serving=False)
+
     async def watch(self) -> None:
         """Runs until it is cancelled."""
         while True:
             await self.refresh()
-            await asyncio.sleep(READINESS_SECONDS)
+            await asyncio.sleep(NOT_READY_SECONDS if self._failing else READINESS_SECONDS)
 
     async def refresh(self) -> None:
         failing = {name for name, check in self._checks.items() if not await self._passes(check)}
@@ -44,7 +50,7 @@ class Readiness:
 
     async def drain(self) -> None:
         self._draining = True
-        await self._board.show(serving=False)
+        await self._board.drain()
 
     @staticmethod
     async def _passes(check: Callable[[], Awaitable[bool]]) -> bool:
@@ -100,6 +106,7 @@ async def serve_until_stopped(
     gc.freeze()
     # And what one batch of calls makes is no reason to look for garbage: almost all of it goes by its reference counts.
     gc.set_threshold(20_000, 10, 10)
+    await readiness.begin()
     await server.start()
     async with background(readiness.watch, name="readiness"):
         await stop.wait()

@@ -74,7 +74,11 @@ class ClientConnection(Connection):
         while self.usable and len(self.streams) >= self._most_streams:
             waiting: asyncio.Future[None] = self._loop.create_future()
             self._waiting.append(waiting)
-            await waiting
+            try:
+                await waiting
+            except asyncio.CancelledError:
+                self._wake_one()  # who leaves passes on what it may have been given
+                raise
         return self.usable
 
     def begin(self, stream: AskedStream) -> None:

@@ -1,8 +1,8 @@
 """The one interceptor: request id, authentication, scope, validation, errors, access log and metrics.
 
 It is one wrapper and not a chain of them because every layer costs microseconds on every call; each concern has its own
-module. All four kinds of handler are served. A streaming servicer is an async generator; the wrapper writes what it
-yields, so that a message passes no further layer.
+module. All four kinds of handler are served. A streaming servicer of ours is an async generator; the wrapper writes
+what it yields, so that a message passes no further layer.
 """
 
 from __future__ import annotations
@@ -241,6 +241,9 @@ class _MethodWrapper:
 
     @staticmethod
     async def _write_all(responses: Any, context: Context) -> None:
+        if not hasattr(responses, "__aiter__"):
+            await responses  # a handler that writes by itself, as those of gRPC's own packages may
+            return
         try:
             async for response in responses:
                 await context.write(response)

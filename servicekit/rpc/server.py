@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from servicekit.rpc.auth import ANY_TOKEN, OPEN
 from servicekit.rpc.channelz import LiveFigures
+from servicekit.rpc.grpc_call import Call
 from servicekit.rpc.grpc_server import GrpcServer, listen, tls_context
 from servicekit.rpc.interceptor import CallInterceptor, GuardedServer
 from servicekit.settings import ServerSettings
@@ -53,17 +56,42 @@ def all_scopes(services: Sequence[Service], *, reflection_open: bool) -> dict[st
     return scopes
 
 
+class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
+    """The library's. Its watches end when the server drains, which would wait for them otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drained = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Call) -> None:
+        watching = asyncio.create_task(super().Watch(request, context))
+        drained = asyncio.create_task(self.drained.wait())
+        try:
+            await asyncio.wait({watching, drained}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drained.cancel()
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+        await context.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING))
+
+
 class HealthBoard:
     """grpc.health.v1: overall and for each service, all alike."""
 
     def __init__(self, service_names: Sequence[str]) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._names = ["", *service_names]
 
     async def show(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in self._names:
             await self.servicer.set(name, status)
+
+    async def drain(self) -> None:
+        """NOT_SERVING for good; watches are told so and end."""
+        await self.show(serving=False)
+        self.servicer.drained.set()
 
 
 def build_server(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -112,10 +113,16 @@ def test_health_follows_the_dependencies(new_mesh: Callable[..., Mesh]) -> None:
         def status() -> Any:
             return health.Check(health_pb2.HealthCheckRequest(), timeout=5).status
 
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="creditmesh.llm.v1.LLMService"), timeout=60)
+        assert next(watch).status == SERVING
         mesh.tokenstore.kill()
-        wait_until(lambda: status() == NOT_SERVING, what="NOT_SERVING without TokenStore")
+        assert next(watch).status == NOT_SERVING
+        assert status() == NOT_SERVING
         mesh.tokenstore.start()
-        wait_until(lambda: status() == SERVING, what="SERVING with TokenStore")
+        assert next(watch).status == SERVING
+        mesh.llm.signal(signal.SIGTERM)
+        assert {each.status for each in watch} == {NOT_SERVING}
+        assert mesh.llm.wait() == 0
 
 
 def test_sigterm_turns_health_and_exits_zero_within_the_drain(
