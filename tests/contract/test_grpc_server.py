@@ -214,10 +214,16 @@ async def test_a_failed_handler_is_unknown_and_tells_nothing(served: Served) -> 
 
 async def test_a_method_that_is_not_there_is_unimplemented(served: Served) -> None:
     async with served.channel() as channel:
-        for call in (channel.unary_unary("/test/Other")(b"x"), channel.stream_unary("/other/Echo")(iter([b"x"] * 3))):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/test/Other")(b"x")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    async with Peer(served.port) as peer:  # grpc.aio's client tells INTERNAL when it was about to write
+        peer.send(peer.headers(1, "/other/Each"), peer.data(1, message(b"x"), ends=False))
+        _, fields = await peer.answer(1)
+        assert fields["grpc-status"] == str(grpc.StatusCode.UNIMPLEMENTED.value[0])
+        reset = await peer.until(Kind.RST_STREAM)  # what is still to come nobody reads
+        assert reset is not None
+        assert (reset.stream_id, reset.code) == (1, ErrorCode.NO_ERROR)
 
 
 async def test_a_deadline_cancels_the_handler_and_is_told(served: Served) -> None:
