@@ -34,8 +34,9 @@ from servicekit.telemetry.logs import EventLogger
 
 log = EventLogger(__name__)
 
-DEADLINE_MARGIN_SECONDS = 0.05
-"""A call stops this long before its client's deadline, so that the client still hears what it was charged."""
+DEADLINE_MARGIN_SECONDS = 0.2
+"""A call stops this long before its client's deadline, but not before nine tenths of its time, so that the client still
+hears what it was charged."""
 HEDGE_LOST = "HEDGE_LOST"
 _next: Any = anext
 
@@ -455,14 +456,16 @@ class Attempts:
 def until_deadline(call: RunningCall) -> float | None:
     """When the call must stop so that its client still hears of it; None without a deadline."""
     deadline = call.deadline_seconds
-    if deadline is None:
-        return None
-    return deadline - min(DEADLINE_MARGIN_SECONDS, (deadline - call.started_seconds) / 10)
+    return None if deadline is None else deadline - _margin(call, deadline)
 
 
 def deadline_passed(call: RunningCall, clock: Clock) -> bool:
     deadline = call.deadline_seconds
-    return deadline is not None and clock.monotonic() >= deadline - 2 * DEADLINE_MARGIN_SECONDS
+    return deadline is not None and clock.monotonic() >= deadline - 2 * _margin(call, deadline)
+
+
+def _margin(call: RunningCall, deadline: float) -> float:
+    return min(DEADLINE_MARGIN_SECONDS, (deadline - call.started_seconds) / 10)
 
 
 def _question(
