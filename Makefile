@@ -34,8 +34,8 @@ run: setup ## run the mesh in the foreground, embedded parts only
 run-kafka: setup ## the same with a real Kafka broker between the services
 	@$(BIN)/python -m deploy.local.mesh --kafka
 
-test: extras ## run every test, with real PostgreSQL and real Kafka
-	@$(BIN)/python -m pytest
+test: extras ## run every test, two files at a time, with real PostgreSQL and real Kafka
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: extras ## run the tests that start no process
 	@$(BIN)/python -m pytest tests/unit tests/tidy

@@ -208,9 +208,9 @@ def streams(bench: Bench) -> Table:
         f" {got['tokens_per_second']:.0f} tokens/s",
         f"bare grpc.aio: {echo['messages_per_second']:.0f} messages/s; CPU ms/stream: {cpu_text(got['cpu'])}",
     ))
-    paced = bench.median("stream", bench.mesh.llm_address, concurrency=48, model="paced-200")
+    paced = bench.median("stream", bench.mesh.llm_address, concurrency=96, model="paced-200")
     rows.append((
-        "streams of 200 single tokens, paced, concurrency 48",
+        "streams of 200 single tokens, paced, concurrency 96",
         f"{paced['tokens_per_second']:.0f} tokens/s in {paced['messages_per_second']:.0f} messages/s,"
         f" {paced['rate']:.0f} streams/s",
         f"{bench.least(25_000, 'messages/s')}; bare grpc.aio {echo['messages_per_second']:.0f}; tokens that wait share"
