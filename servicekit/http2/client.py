@@ -6,9 +6,10 @@ import asyncio
 from collections import deque
 
 from servicekit.http2 import frames
-from servicekit.http2.connection import CONNECTION_WINDOW, MOST_HEADER_BYTES, STREAM_WINDOW, Connection, Stream
+from servicekit.http2.connection import CONNECTION_WINDOW, MOST_HEADER_BYTES, Connection
 from servicekit.http2.frames import MOST_STREAM_ID, ErrorCode, Setting
 from servicekit.http2.headers import Block, Fields
+from servicekit.http2.stream import STREAM_WINDOW, Stream
 
 STREAMS_UNTIL_TOLD = 100
 """At once, before the server has said how many it takes."""

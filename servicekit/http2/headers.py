@@ -17,7 +17,7 @@ from servicekit.http2.frames import ErrorCode, Http2Error
 _PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
 _OF_ONE_CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
-MOST_KNOWN_BLOCKS = 64
+MOST_KNOWN_BLOCKS = 16
 MOST_KNOWN_BYTES = 1024
 _RESIZES = 0x20
 """The first bits of a block that changes the table's size (RFC 7541, section 6.3)."""
@@ -64,11 +64,10 @@ class BlockReader:
             read = Block(cast("Fields", self._decoder.decode(block, raw=True)))
         except hpack.HPACKError as error:
             raise Http2Error(ErrorCode.COMPRESSION_ERROR, "a block of headers can not be read") from error
-        if len(table) != before[0] or (table and table[0] is not before[1]):
-            self._known.clear()
-        elif len(block) <= MOST_KNOWN_BYTES and len(self._known) < MOST_KNOWN_BLOCKS and block[:1] and (
-            block[0] & 0xE0 != _RESIZES
-        ):
+        has_changed = len(table) != before[0] or (table and table[0] is not before[1])
+        if has_changed or len(self._known) >= MOST_KNOWN_BLOCKS:
+            self._known.clear()  # those that matter are soon there again
+        if not has_changed and 0 < len(block) <= MOST_KNOWN_BYTES and block[0] & 0xE0 != _RESIZES:
             self._known[block] = read
         return read
 

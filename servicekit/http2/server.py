@@ -9,9 +9,10 @@ import asyncio
 from typing import Protocol
 
 from servicekit.http2 import frames
-from servicekit.http2.connection import CONNECTION_WINDOW, MOST_HEADER_BYTES, STREAM_WINDOW, Connection, Stream
+from servicekit.http2.connection import CONNECTION_WINDOW, MOST_HEADER_BYTES, Connection
 from servicekit.http2.frames import ErrorCode, Http2Error, Setting
 from servicekit.http2.headers import Block, RequestHeaders, read_request
+from servicekit.http2.stream import STREAM_WINDOW, Stream
 
 MOST_STREAMS = 10_000
 """At once on one connection."""

@@ -100,8 +100,26 @@ def test_health_reflection_and_channelz(mesh: Mesh, which: str) -> None:
         (v1,) = v1_method(iter([request]), timeout=5)
         for answer in (alpha, v1):
             assert expected in {service.name for service in answer.list_services_response.service}
-        servers = channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest(), timeout=5)
-        assert len(servers.server) == 1
+        live = channelz_pb2_grpc.ChannelzStub(channel)
+        (server,) = live.GetServers(channelz_pb2.GetServersRequest(), timeout=5).server
+        assert live.GetServer(channelz_pb2.GetServerRequest(server_id=server.ref.server_id), timeout=5).server.ref == server.ref
+        assert server.listen_socket[0].name == address
+        assert server.data.calls_succeeded >= 4
+        sockets = live.GetServerSockets(channelz_pb2.GetServerSocketsRequest(server_id=server.ref.server_id), timeout=5)
+        mine = live.GetSocket(channelz_pb2.GetSocketRequest(socket_id=sockets.socket_ref[-1].socket_id), timeout=5).socket
+        assert mine.data.streams_started >= mine.data.streams_succeeded > 0
+        assert mine.local.tcpip_address.port == int(address.rpartition(":")[2])
+        channels = live.GetTopChannels(channelz_pb2.GetTopChannelsRequest(), timeout=5)
+        assert channels is not None
+        for lookup in (
+            lambda: live.GetServer(channelz_pb2.GetServerRequest(server_id=7), timeout=5),
+            lambda: live.GetServerSockets(channelz_pb2.GetServerSocketsRequest(server_id=7), timeout=5),
+            lambda: live.GetSocket(channelz_pb2.GetSocketRequest(socket_id=server.ref.server_id + 10**6), timeout=5),
+            lambda: live.GetSocket(channelz_pb2.GetSocketRequest(socket_id=10**9), timeout=5),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                lookup()
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_health_follows_the_dependencies(new_mesh: Callable[..., Mesh]) -> None:

@@ -101,6 +101,15 @@ def test_a_block_that_was_read_is_not_read_again() -> None:
     assert reader.read(encoder.encode(GOOD)) is not first
 
 
+def test_blocks_that_never_come_again_do_not_pile_up() -> None:
+    reader = headers.BlockReader(most_bytes=2**16)
+    for number in range(1000):
+        reader.read(headers.encode([(b"x-request-id", b"%d" % number)]))
+        assert len(reader._known) <= headers.MOST_KNOWN_BLOCKS
+    block = headers.encode(GOOD[3:])
+    assert reader.read(block) is reader.read(block)
+
+
 def test_trailers_have_no_pseudo_headers() -> None:
     headers.require_trailers([(b"x-own", b"1")], 5)
     with pytest.raises(Http2Error):
