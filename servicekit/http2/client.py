@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections import deque
 
 from servicekit.http2 import frames
@@ -20,13 +21,13 @@ class AskedStream(Stream):
 
     __slots__ = ()
 
+    @abstractmethod
     def fields_arrived(self, fields: Fields, *, ends: bool) -> None:
         """Headers of the answer, or with `ends` its trailers, or both."""
-        raise NotImplementedError
 
+    @abstractmethod
     def untouched(self) -> None:
         """The server took it up in no way; it may be sent again elsewhere."""
-        raise NotImplementedError
 
 
 class ClientConnection(Connection):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ KEEPALIVE_ANSWER_SECONDS = 20.0
 _HEADER = frames.HEADER
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol, ABC):
     """With one peer. Subclasses say what headers mean that begin something."""
 
     def __init__(self) -> None:
@@ -76,13 +77,13 @@ class Connection(asyncio.Protocol):
 
     # What the two sides do differently
 
+    @abstractmethod
     def _headers_arrived(self, stream_id: int, block: Block, *, ends: bool) -> None:
         """Headers of a stream that is not open, or of one on the client's side."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _went_away(self, last_stream_id: int, code: int) -> None:
         """The peer takes no more streams, and none above `last_stream_id` was or will be touched."""
-        raise NotImplementedError
 
     def _was_reset(self, stream: Stream) -> None:
         """The peer cancelled one stream."""

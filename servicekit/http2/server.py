@@ -6,6 +6,7 @@ Beside the limits of every connection: streams at once, and resets (CVE-2023-444
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from typing import Protocol
 
 from servicekit.http2 import frames
@@ -28,9 +29,9 @@ class ServedStream(Stream):
 
     connection: ServerConnection
 
+    @abstractmethod
     def begun(self) -> None:
         """The headers are here; from now on it may answer."""
-        raise NotImplementedError
 
     def answered(self) -> None:
         """The answer has ended. What is still to come of the request nobody reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from servicekit.http2 import frames
@@ -15,7 +16,7 @@ STREAM_WINDOW = 2**20
 """Bytes that the peer may send on a stream before they are taken."""
 
 
-class Stream:
+class Stream(ABC):
     """One request and its answer. Subclasses take what arrives; each method is called on the event loop."""
 
     __slots__ = (
@@ -41,19 +42,19 @@ class Stream:
 
     # What arrives
 
+    @abstractmethod
     def data_arrived(self, data: bytes) -> None:
         """Some bytes of the body."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_complete(self) -> None:
         """The peer has said everything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def aborted(self, reason: str, code: ErrorCode | None) -> None:
         """The peer reset the stream with `code`, or the connection is gone: nobody reads what is sent."""
-        raise NotImplementedError
 
-    def ended(self) -> None:
+    def ended(self) -> None:  # noqa: B027 - most have nothing to do then
         """Said once, when the stream has closed."""
 
     # What is sent
